@@ -78,7 +78,7 @@ class QuantizationSpec:
         if self.matmul == "int8" and self.group_size is not None:
             raise ValueError(
                 f'matmul="int8" needs one scale per row, got group_size={self.group_size}: scales '
-                "inside a row cannot be taken out of an integer sum. Set group_size to None, or "
+                "inside a row cannot be taken out of an integer sum. Leave group_size out, or set "
                 'matmul="dequantize".'
             )
         for name, products in (self.int8_products or {}).items():

@@ -20,6 +20,7 @@ from .optimizers import (
     names,
     optimizer_name,
 )
+from .unsupported import refuse_deepspeed
 
 _DEFAULTS = QuantizationSpec()
 # Options of the storage format.
@@ -141,6 +142,8 @@ class QFTTrainingArguments(TrainingArguments):
                         f"{name} must be a JSON dictionary such as '{example}', got {value!r}."
                     ) from error
         self._set_learning_rate()
+        if named_optimizer(self) is not None:
+            refuse_deepspeed(self)
         super().__post_init__()
         if named_optimizer(self) is None:
             self._refuse_without_effect()
@@ -164,6 +167,7 @@ class QFTTrainingArguments(TrainingArguments):
             )
         else:
             self.learning_rate = optimizer.learning_rate
+        self.default_rate = self.learning_rate  # tells a run that resumes that none was given
 
     def _refuse_without_effect(self) -> None:
         options = [FIELDS[option] for option in self.optimizer_fields]
@@ -174,7 +178,6 @@ class QFTTrainingArguments(TrainingArguments):
         ]
         if given:
             raise ValueError(
-                f"optim={optimizer_name(self)!r} leaves {', '.join(given)} without an effect. Set "
-                f"optim={names()}; or leave them out, and call qft_hf.quantize_model_ and "
-                "qft_hf.chunk_loss_ on the model yourself."
+                f"optim={optimizer_name(self)!r} leaves {', '.join(given)} without an effect. "
+                f"Leave that out, or set optim={names()}."
             )

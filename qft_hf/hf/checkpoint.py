@@ -85,8 +85,8 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
         listed = "\n".join(damaged)
         raise ValueError(
             f"None of the {len(damaged)} checkpoints in {folder} is whole:\n{listed}\nCopy one "
-            "again, or start a new run without resume_from_checkpoint; undamaged weights can be "
-            "loaded with from_pretrained."
+            "again, or start a new run in another output_dir, without resume_from_checkpoint. Its "
+            "model can be the folder of a checkpoint whose weights are undamaged."
         )
     return None
 
@@ -97,7 +97,7 @@ def require_whole(checkpoint: Path) -> None:
         raise ValueError(
             f"{checkpoint} is not whole: {'; '.join(found)}. Copy it again, name an earlier one, "
             "or set resume_from_checkpoint=True for the newest whole one. To go on from its "
-            "weights alone, load them with from_pretrained and start a new run."
+            "weights alone, start a new run with this folder as its model."
         )
 
 
@@ -265,7 +265,8 @@ def check_weights(model: nn.Module, checkpoint: Path, *, names_differ: bool = Fa
         if names:
             raise ValueError(
                 f"{checkpoint} does not belong to this {type(model).__name__}: {_some(names)} "
-                f"{problem}. Load a complete checkpoint of this model and this QFTConfig."
+                f"{problem}. Load a complete checkpoint of this model and this QFTConfig, or undo "
+                "what changed since it was saved."
             )
 
 
@@ -282,8 +283,8 @@ def check_momentum(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
     if lost:
         raise ValueError(
             f"{OPTIMIZER_NAME} of {checkpoint} has no state for {_some(lost)}, which would go on "
-            "with fresh momentum. Resume from another checkpoint, or load the weights with "
-            "from_pretrained and start a new run."
+            "with fresh momentum. Resume from another checkpoint, or start a new run with this "
+            "folder as its model."
         )
 
 

@@ -35,10 +35,16 @@ def chunk_loss_(model: Model) -> Model:
     causal: Any = model
     head = output_head(model)
     if not isinstance(head, QFTLinear):
+        has, advice = "none", "."
+        if head is not None:
+            has = f"a float {type(head).__name__}"
+            advice = (
+                ", or quantize the head, too: take it out of modules_to_not_convert, and call "
+                "quantize_model_ before chunk_loss_."
+            )
         raise ValueError(
-            f"A chunked loss needs an INT8 output head, got {type(head).__name__} in "
-            f"{type(model).__name__}. Take the head out of modules_to_not_convert, or leave "
-            "chunked_loss off."
+            f"A chunked loss needs an INT8 output head, and {type(model).__name__} has {has}. "
+            f"Leave chunked_loss off{advice}"
         )
     if type(head).forward is not QFTLinear.forward:
         raise ValueError(

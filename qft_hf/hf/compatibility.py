@@ -111,7 +111,8 @@ def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
         )
     part = trained_part(model)
     if ours(inner) is not None and not has_quantized_weights(part):
+        name = "model" if part is model else "model.side_network"
         raise TypeError(
             f"The optimizer is {type(inner).__name__}, and no weight of {type(part).__name__} is "
-            "INT8. Call qft_hf.quantize_model_(model, QFTConfig()) before training."
+            f"INT8. Call qft_hf.quantize_model_({name}, QFTConfig()) before training."
         )

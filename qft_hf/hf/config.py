@@ -35,7 +35,8 @@ def refuse_other_method(config: Any) -> None:
     if method not in (None, QUANT_METHOD):
         raise ValueError(
             f"The model is quantized with {method}. QFT starts from float weights: load the model "
-            "without that quantization, or train a side network beside it (method qst)."
+            "without that quantization, or train a side network beside it (attach_side_network, "
+            "or method qst of `qft-hf finetune`)."
         )
 
 

@@ -104,8 +104,8 @@ def _refuse_other_quantization(model: nn.Module, config: QFTConfig) -> None:
     if current != config:
         raise ValueError(
             f"{type(model).__name__} is already quantized with {current or 'several formats'}, and "
-            f"{config} was asked for. Keep that configuration, or call dequantize_model_ first. "
-            "That does not undo rounding, so it is better to quantize the float model again."
+            f"{config} was asked for. Keep that configuration, or quantize the float model again; "
+            "dequantize_model_(model, model.dtype) makes this one float, with its rounding errors."
         )
 
 

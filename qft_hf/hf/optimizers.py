@@ -270,7 +270,7 @@ def refuse_conflicting_options(
         optimizer: One of ours, without Accelerate's wrapper.
         resumed_from: Arguments with which the resumed run began, as far as they are known; None if
             no run is resumed. On resuming, learning rate and weight decay are compared too, if
-            `args` does not have the default, all groups have the same value, and that value was
+            `args` does not have its default, all groups have the same value, and that value was
             the one in the resumed run's arguments: any other was set by the user's own code.
     """
     used: list[tuple[str, Any, list[Any]]] = []
@@ -281,7 +281,7 @@ def refuse_conflicting_options(
         rates = {group.get("initial_lr", args.learning_rate) for group in optimizer.param_groups}
         decays = {group["weight_decay"] for group in optimizer.param_groups} - {0.0} or {0.0}
         for name, found in (("learning_rate", rates), ("weight_decay", decays)):
-            is_given = getattr(args, name) != _stock_default(name)
+            is_given = getattr(args, name) != _own_default(args, name)
             if is_given and len(found) == 1 and resumed_from.get(name, *found) in found:
                 used.append((name, getattr(args, name), list(found)))
     for name, value, values in used:
@@ -355,6 +355,13 @@ def note_on_default_rate(args: TrainingArguments) -> str | None:
 
 def _stock_default(field: str) -> Any:
     return TrainingArguments.__dataclass_fields__[field].default
+
+
+def _own_default(args: TrainingArguments, field: str) -> Any:
+    """Return the value that a field has if it is left out: other libraries change defaults."""
+    default = type(args).__dataclass_fields__[field].default
+    # That of `QFTTrainingArguments` depends on the optimizer.
+    return getattr(args, "default_rate", default) if field == "learning_rate" else default
 
 
 def _read(text: str | None, name: str, taken: tuple[str, ...]) -> dict[str, Any]:

@@ -83,16 +83,18 @@ def require_prepared(model: nn.Module, args: TrainingArguments) -> None:
     )
     part = trained_part(model)
     if not has_quantized_weights(part):
+        name = "model" if part is model else "model.side_network"
+        form = "args.quantization_config" if hasattr(args, "quantization_config") else "QFTConfig()"
         raise ValueError(
-            f"No weight of {type(part).__name__} is INT8. {advice}: have model_init return "
-            "quantize_model_(model, QFTConfig()), or use qft_hf.QFTTrainer."
+            f"No weight of {type(part).__name__} is INT8. {advice}: have model_init call "
+            f"quantize_model_({name}, {form}), or use qft_hf.QFTTrainer."
         )
     refuse_other_format(part, args)
     heads = [m for m in model.modules() if isinstance(m, QFTLinear) and m.defers_logits]
     if getattr(args, "chunked_loss", False) and not heads:
         raise ValueError(
             f"chunked_loss=True was asked for, and {type(model).__name__} computes its loss as "
-            f"usual. {advice}: have model_init return chunk_loss_(model), or use "
+            f"usual. {advice}: have model_init also call chunk_loss_(model), or use "
             "qft_hf.QFTTrainer."
         )
 
@@ -158,10 +160,11 @@ def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:
         ", ".join(f"{name}={values[name]!r}" for name in different) for values in (wanted, found)
     )
     advice = "start from the float model"
-    if not {"group_size", "outlier_fraction", "modules_to_not_convert"} & set(different):
+    # INT8 products need outliers in whole columns, which other INT8 models seldom have.
+    if set(different) <= {"matmul", "int8_products", "seed"} and wanted.get("matmul") != "int8":
         advice = (
-            "load it with a quantization_config=QFTConfig(...) that sets this, for which INT8 "
-            "products need outliers in whole columns, or " + advice
+            "load it in Python with a quantization_config=QFTConfig(...) that has this and the "
+            "other fields of its own, or " + advice
         )
     raise ValueError(
         f"{asked} was asked for, and the model is INT8 already, with {has}. Leave that out to "

@@ -333,8 +333,8 @@ class QFTQuantizer(HfQuantizer):
                 wanted = name + "_q" if quantized else name
                 self.faults[name] = (
                     f"{wanted} is missing from the checkpoint. Copy or save it again. To give an "
-                    "INT8 model a new head, call dequantize_model_, save, and load that float "
-                    "checkpoint with quantization_config=QFTConfig(...)."
+                    "INT8 model a new head, start from a float checkpoint of it, which `qft-hf "
+                    "export` writes, or dequantize_model_ and save_pretrained."
                 )
 
     def _find_bad_values(self, model: PreTrainedModel) -> None:

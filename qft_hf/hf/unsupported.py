@@ -27,6 +27,13 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
     _refuse_model(args, model)
 
 
+def refuse_deepspeed(args: TrainingArguments) -> None:
+    """Raise ValueError for DeepSpeed; `TrainingArguments` itself asks for its installation."""
+    if args.deepspeed:
+        advice = "the INT8 model needs a fifth of the memory of FP32 Adam on one device."
+        refuse_distribution(DistributedType.DEEPSPEED, advice=f"Remove deepspeed: {advice}")
+
+
 def refusing_scaler(prepare: Any, self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
     """Make an Accelerator that scales losses refuse our optimizers."""
     if self.scaler is not None and ours(optimizer) is not None:
@@ -55,9 +62,7 @@ def _refuse_fp16(args: TrainingArguments) -> None:
 
 def _refuse_distribution(args: TrainingArguments, model: nn.Module) -> None:
     """Raise for ways to use several devices other than one process for each."""
-    if args.deepspeed:
-        advice = "the INT8 model needs a fifth of the memory of FP32 Adam on one device."
-        refuse_distribution(DistributedType.DEEPSPEED, advice=f"Remove deepspeed: {advice}")
+    refuse_deepspeed(args)
     if args.fsdp:
         refuse_distribution(DistributedType.FSDP, advice="Remove fsdp.")
     parallelism = getattr(args, "parallelism_config", None)
@@ -129,9 +134,9 @@ def _refuse_model(args: TrainingArguments, model: nn.Module) -> None:
     """Raise for a model with parameters that cannot be trained."""
     if hasattr(model, "peft_config"):
         raise ValueError(
-            f"The model has PEFT adapters, and {optimizer_name(args)} trains every parameter. Set "
-            "optim='adamw_torch' to train the adapters on frozen INT8 weights, or pass the base "
-            "model to train it whole."
+            f"The model has PEFT adapters, and {optimizer_name(args)} trains every parameter. To "
+            "train the adapters on frozen INT8 weights, use transformers.Trainer with "
+            "optim='adamw_torch'; to train every parameter, load the model without adapters."
         )
     part = trained_part(model)
     half = [name for name, p in part.named_parameters() if p.dtype == torch.float16]

@@ -282,6 +282,7 @@ def _check_replaceable(parameters: Mapping[str, torch.Tensor]) -> None:
             raise RuntimeError(
                 f"{name} cannot be converted in place while something refers to it, such as the "
                 "graph of an earlier forward pass. Delete the outputs of that pass, or run it "
-                "under torch.no_grad(), before you convert the model."
+                "under torch.no_grad(), before you convert the model. An interactive session keeps "
+                "the last error, too, which may refer to it: try once more."
             ) from error
         torch.utils.swap_tensors(parameter, other)

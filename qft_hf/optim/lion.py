@@ -98,7 +98,7 @@ class QFTLion(QFTOptimizer):
                 return (
                     f"it was saved with momentum_bits={bits}, and this optimizer has "
                     f"momentum_bits={self.momentum_bits}. Continue with momentum_bits={bits}, or "
-                    "start without the saved optimizer state."
+                    "start a new run from the weights of the checkpoint."
                 )
         return None
 

@@ -40,7 +40,8 @@ SMALL = 2**16
 
 ACCUMULATION_IS_FORBIDDEN = (
     "Gradient accumulation keeps an INT8 gradient of every weight between micro-batches, and "
-    "accumulation='forbid' was set. Set gradient_accumulation_steps=1, or accumulation='keep'."
+    "accumulation='forbid' was set. Set gradient_accumulation_steps=1, or accumulation='keep'; a "
+    "loop of your own runs one backward pass a step."
 )
 
 NOT_FINITE = (

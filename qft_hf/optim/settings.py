@@ -32,9 +32,10 @@ def check_settings(
     if gradient == "stack":
         if clipping is not None or max_grad_norm is not None:
             raise ValueError(
-                "clipping and max_grad_norm are for gradient='release'. Gradients that wait for "
-                "the step are clipped between backward and step: torch.nn.utils.clip_grad_norm_, "
-                "or the Trainer's max_grad_norm."
+                "clipping and max_grad_norm of an optimizer are for gradient='release', got "
+                f"clipping={clipping!r} and max_grad_norm={max_grad_norm}. Leave them out: with "
+                "gradient='stack' clip between backward and step by "
+                "torch.nn.utils.clip_grad_norm_, as a Trainer does by its own max_grad_norm."
             )
         return
     if nonfinite == "skip":

@@ -47,9 +47,10 @@ class QFTWeight(Int8Tensor):
 
     FIELDS = ("codes", "scales", "outlier_values", "outlier_columns")
     to_change = (
-        "To edit weights, call dequantize_model_(model), change them, and quantize_model_(model) "
-        "again; to train them, use an optimizer of qft_hf, such as QFTLion; to compute with other "
-        "values, change the result of .dequantize(), a copy; for a running mean use a float model: "
+        "To edit weights, call dequantize_model_(model, model.dtype), change them, and call "
+        "quantize_model_(model, QFTConfig()) again; to train them, use an optimizer of qft_hf, "
+        "such as QFTLion; to compute with other values, change the result of .dequantize(), a "
+        "copy; for a running mean use a float model: "
         "AveragedModel(dequantize_model_(copy.deepcopy(model), model.dtype)). On several processes "
         "do not use DistributedDataParallel: an optimizer of qft_hf averages gradients itself."
     )

@@ -42,6 +42,7 @@ from qft_hf.hf.finetune.forecast import disk_bytes
 from qft_hf.hf.finetune.loading import load_config, load_tokenizer
 from qft_hf.hf.finetune.output_folder import sole_run
 from qft_hf.hf.finetune.preparation import read
+from qft_hf_cli import main
 from qft_hf_cli.evaluate import flags_of
 from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, TURN, chat, tiny_tokenizer
 from tests.finetune.flags import as_flags, leave_run, parsed, write_jsonl
@@ -248,6 +249,20 @@ def test_classification_run(tiny_model, tmp_path):
     assert set(summary.after) == {"loss", "accuracy"}
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
     assert model.config.id2label == {0: "bad", 1: "good", 2: "so so"}
+
+
+def test_an_int8_model_gets_a_new_head_as_the_error_says(chat_flags, tmp_path):
+    """The error once named functions of Python alone."""
+    finetune(parsed(chat_flags))
+    rows = [{"text": f"the fox {n}", "label": n % 2} for n in range(8)]
+    data = {"train_data": write_jsonl(tmp_path / "rows.jsonl", rows), "task": "classification"}
+    labeled = {**chat_flags, **data, "output_dir": tmp_path / "classifier"}
+    del labeled["eval_data"]
+    with pytest.raises(ValueError, match=r"new head, start from a float .* `qft-hf export`"):
+        finetune(parsed(labeled, model_name_or_path=chat_flags["output_dir"]))
+
+    main(["export", str(chat_flags["output_dir"]), str(tmp_path / "plain")])
+    assert finetune(parsed(labeled, model_name_or_path=tmp_path / "plain")).steps == 4
 
 
 @pytest.mark.parametrize(
@@ -539,6 +554,11 @@ def test_a_run_that_has_learned_all_its_rows_holds_out_none_of_them(had_other_da
     run = flags["output_dir"]
     with pytest.raises(ValueError, match=r"learned all rows of its train_data.* --eval_data"):
         scored(run, "--eval_fraction=0.5")
+    if not had_other_data:  # the advice once was to set eval_fraction
+        with pytest.raises(
+            ValueError, match=r"held out to evaluate on\. Name rows with --eval_data"
+        ):
+            scored(run)
     found = scored(run, f"--eval_data={other}")
     assert found.data.rows > 0
     assert scored(run, f"--train_data={other}", "--eval_fraction=0.5").data.rows > 0
@@ -725,6 +745,20 @@ def test_a_broken_checkpoint_is_passed_over_or_refused(chat_flags, caplog):
 
     assert resumed.after == straight.after
     assert "checkpoint-4 is not whole and is skipped" in caplog.text
+
+
+def test_a_run_without_a_whole_checkpoint_is_begun_again_as_the_error_says(chat_flags, tmp_path):
+    """Without `resume_from_checkpoint` alone, the folder was refused: it holds a run to resume."""
+    values = chat_flags | SAVES
+    finetune(parsed(values))
+    run = chat_flags["output_dir"]
+    for checkpoint in run.glob("checkpoint-*"):
+        (checkpoint / "optimizer.pt").write_bytes(b"damaged")
+    with pytest.raises(
+        ValueError, match=r"new run in another output_dir, without resume_from_c.*fo"
+    ):
+        prepare(parsed(values, resume_from_checkpoint="true"))
+    finetune(parsed(values, output_dir=tmp_path / "b", model_name_or_path=run / "checkpoint-4"))
 
 
 def test_what_is_written_has_the_use_cache_of_the_base(chat_flags):

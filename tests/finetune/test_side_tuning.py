@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -362,11 +363,25 @@ def test_a_base_in_another_format_of_bitsandbytes_is_not_taken_for_nf4(
 
 
 def test_a_base_that_has_gone_is_named(flags, refused):
-    finetune(parsed(flags, base="float"))
+    finetune(parsed(flags, base="float", save_strategy="steps", save_steps=1))
     Path("model").rename("moved")
     model = Path("model").absolute()  # known from any folder, while it is there
-    error = refused("chat", "run", "--prompt", "hi")
-    assert f"side network of {model}, which is neither here" in error
+    for folder in ("run", "run/checkpoint-1"):  # a checkpoint has no settings of its own
+        error = refused("chat", folder, "--prompt", "hi")
+        assert f"side network of {model}, which is neither here" in error
+        assert "set model_name_or_path in run/run.yaml to the place of the base" in error.replace(
+            f"{Path.cwd()}/", ""
+        )
+    shutil.copytree("run/checkpoint-1", "alone")
+    place = Path("alone/side_network.json")
+    assert f"set base.name in {place} to" in refused("chat", "alone", "--prompt", "hi")
+
+    settings, said = Path("run/run.yaml"), json.loads(place.read_text())  # do what the errors say
+    settings.write_text(settings.read_text().replace(f"{model}\n", "moved\n"))
+    said["base"]["name"] = "moved"
+    place.write_text(json.dumps(said))
+    for folder in ("run", "run/checkpoint-1", "alone"):
+        main(["chat", folder, "--prompt", "hi", "--max_new_tokens", "2"])
 
 
 def test_a_base_without_a_name_is_not_taken_for_the_working_directory(tmp_path, monkeypatch):

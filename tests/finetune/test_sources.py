@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import math
+import re
 
 import datasets
 import pyarrow as pa
@@ -463,10 +464,13 @@ def test_split_with_an_empty_part_is_refused(fraction):
 
 
 @pytest.mark.parametrize("kind", ["data set", "splits"])
-def test_what_save_to_disk_wrote_is_named(kind, tmp_path):
+def test_what_save_to_disk_wrote_is_named(kind, tmp_path, monkeypatch):
     """The folder's JSON files were once read as data and refused for a missing field."""
     rows = Dataset.from_list([{"text": "a"}])
     saved = rows if kind == "data set" else DatasetDict({"train": rows})
     saved.save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"save_to_disk.* Write parquet: .*to_parquet"):
+    with pytest.raises(ValueError, match=r"save_to_disk.* Write parquet, in Python: ") as refused:
         load_rows(str(tmp_path / "saved"))
+    monkeypatch.chdir(tmp_path)
+    eval(re.search(r"datasets\.load_from_disk.*to_parquet\(.*?\)", str(refused.value))[0])
+    assert load_rows("train.parquet") == [{"text": "a"}]

@@ -1,7 +1,9 @@
 """`quantize_model_` and `dequantize_model_`: their results, and the models that they refuse."""
 
+import code
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -193,11 +195,37 @@ def test_an_interrupted_conversion_is_finished_by_another_call(tied, share):
     assert torch.equal(whole(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
+def test_weights_are_edited_as_the_error_says():
+    """It left out the format, which is needed, and the dtype, so that norms became bf16."""
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    with torch.no_grad(), pytest.raises(NotImplementedError) as refused:
+        model.lm_head.weight[0] = 1.0
+    calls = re.findall(r"\w*quantize_model_\(model, .*?\)(?=[ ,])", str(refused.value))
+    del refused  # its traceback refers to the weight
+    eval(calls[0], globals() | {"model": model})
+    with torch.no_grad():
+        model.lm_head.weight[0] = 1.0
+    eval(calls[1], globals() | {"model": model})
+    assert model.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight[0], torch.ones(44))
+
+
+def test_in_an_interactive_session_the_second_try_converts(capsys):
+    """It keeps the error that says to convert the model, and with it a view of the weight."""
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    session = code.InteractiveConsole(globals() | {"model": model})
+    session.push("exec('with torch.no_grad(): model.lm_head.weight[0] = 1.0')")
+    for is_converted in (False, True):
+        session.push("dequantize_model_(model) and None")
+        assert (type(model.lm_head) is torch.nn.Linear) == is_converted
+    assert "which may refer to it: try once more" in capsys.readouterr().err
+
+
 def test_an_interrupted_conversion_is_not_finished_in_another_format():
     model = tiny_llama()
     prepare_modules_(model, QFTConfig())  # interrupted before the first weight
     other = QFTConfig(modules_to_not_convert=["lm_head"])
-    with pytest.raises(ValueError, match="or call dequantize_model_ first"):
+    with pytest.raises(ValueError, match="or quantize the float model again"):
         quantize_model_(model, other)
     quantize_model_(dequantize_model_(model, torch.float32), other)
     assert type(model.lm_head) is nn.Linear

@@ -1,6 +1,7 @@
 """INT8 products in Trainers, checkpoints and configurations."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,11 +72,21 @@ def test_a_bad_choice_in_the_arguments_is_refused_before_a_model_is_loaded(tmp_p
 
 def test_arguments_cannot_give_int8_products_to_a_model_quantized_without(tmp_path):
     args = arguments(tmp_path, QFTTrainingArguments, matmul="int8")
-    with pytest.raises(ValueError, match=r"INT8 already, with matmul='dequantize'.* load it with"):
+    with pytest.raises(ValueError, match=r"INT8 already, with matmul='dequantize'.* otherwise sta"):
         QFTTrainer(model=int8_llama(QFTConfig()), args=args)
     # A model that has INT8 products keeps them unless the arguments say otherwise.
     kept = QFTTrainer(model=int8_llama(), args=arguments(tmp_path, QFTTrainingArguments)).model
     assert kept.model.layers[0].mlp.up_proj.products == Int8Products(seed=4)
+
+
+def test_int8_products_can_be_left_out_as_the_error_says(tmp_path):
+    args = arguments(tmp_path, QFTTrainingArguments, matmul="dequantize")
+    with pytest.raises(ValueError, match=r"load it in Python with a quantization_config=QFTConfig"):
+        QFTTrainer(model=int8_llama(), args=args)
+    int8_llama().save_pretrained(tmp_path / "saved")
+    config = replace(CONFIG, matmul="dequantize")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=config)
+    assert QFTTrainer(model=model, args=args).model.lm_head.products is None
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -619,7 +619,7 @@ def test_int8_checkpoint_does_not_get_a_random_head(tmp_path):
     quantize_model_(tiny_bert().bert, QFTConfig()).save_pretrained(tmp_path)
 
     with pytest.raises(
-        ValueError, match=r"classifier\.weight_q is missing .* call dequantize_model_"
+        ValueError, match=r"classifier\.weight_q is missing .* a float checkpoint of it, which"
     ):
         BertForSequenceClassification.from_pretrained(tmp_path)
 

@@ -2,6 +2,8 @@
 
 import math
 import pickle
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from qft_hf import (
     QFTLion,
     QFTTrainer,
     QFTTrainingArguments,
+    chunk_loss_,  # noqa: F401  an error names it, and a test does what it says
     dequantize_model_,
     quantize_model_,
 )
@@ -301,7 +304,11 @@ def test_fields_of_other_optimizers_are_refused(name, value, advice, name_of_opt
     [
         ({"accumulation": "forbid"}, 0, "is for gradient='release'.*Set gradient='release'"),
         ({"gradient": "stack", "accumulation": "forbid"}, 0, "or leave accumulation out"),
-        ({"clipping": "tensor"}, 1, "clipping and max_grad_norm are for gradient='release'"),
+        (
+            {"clipping": "tensor"},
+            1,
+            "got clipping='tensor' .* Leave them out: with gradient='stack'",
+        ),
         ({"gradient": "release", "clipping": "tensor"}, 0, "clipping='tensor'. Set both"),
         ({"gradient": "release"}, 1, r"clipping='exact' .* 'previous' .* or 'tensor'"),
         ({"gradient": "release", "nonfinite": "skip"}, 0, "Use nonfinite='raise', or gradient='st"),
@@ -328,8 +335,15 @@ def test_combinations_without_an_effect_are_refused(options, norm, message, tmp_
     ids=str,
 )  # fmt: skip
 def test_another_optimizer_has_no_use_for_any(fields, tmp_path):
-    with pytest.raises(ValueError, match=rf"leaves {next(iter(fields))} without .*Set optim='qft_"):
+    with pytest.raises(
+        ValueError, match=rf"leaves {next(iter(fields))} without .*or set optim='qft_"
+    ):
         arguments(tmp_path, QFTTrainingArguments, optim="adamw_torch", **fields)
+
+
+def test_deepspeed_is_refused_before_its_installation_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="Remove deepspeed"):
+        arguments(tmp_path, QFTTrainingArguments, deepspeed="zero.json")
 
 
 def test_another_optimizer_may_have_our_arguments(tmp_path):
@@ -466,8 +480,30 @@ def test_a_float_model_that_the_stock_trainer_makes_itself_is_refused(resume, tm
     if resume:
         trainer_on(tiny_llama(), tmp_path, save_strategy="steps", save_steps=3).train()
     trainer = model_init_trainer(tmp_path, Trainer, lambda: tiny_llama())
-    with pytest.raises(ValueError, match=r"have model_init return .* or use qft_hf\.QFTTrainer"):
+    with pytest.raises(ValueError, match=r"have model_init call .* or use qft_hf\.QFTTrainer"):
         trainer.train(resume_from_checkpoint=resume or None)
+
+
+@pytest.mark.parametrize("fields", [{}, {"group_size": 11}, {"chunked_loss": True}], ids=str)
+def test_a_model_init_that_does_what_the_stock_trainer_says_is_accepted(fields, tmp_path):
+    """A format of the arguments was refused as another one after the advice was followed."""
+    args = arguments(tmp_path, QFTTrainingArguments, **fields)
+    steps = []
+
+    def make():
+        model = tiny_llama()
+        for step in steps:
+            eval(step, globals(), {"model": model, "args": args})
+        return model
+
+    trainer = Trainer(model_init=make, args=args, train_dataset=sequences())
+    for _ in range(2 if "chunked_loss" in fields else 1):
+        with pytest.raises(ValueError, match="have model_init") as refused:
+            trainer.train()
+        steps += re.findall(r"call (\w+_\(.*?\)), or", str(refused.value))
+    trainer.train()
+    assert steps[0] == "quantize_model_(model, args.quantization_config)"
+    assert trainer.model.config.quantization_config == args.quantization_config
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -525,7 +561,7 @@ def test_a_chunked_loss_of_a_model_that_model_init_makes(tmp_path):
     stock = model_init_trainer(
         tmp_path, Trainer, lambda: quantize_model_(tiny_llama(), QFTConfig()), chunked_loss=True
     )
-    with pytest.raises(ValueError, match=r"have model_init return chunk_loss_\(model\)"):
+    with pytest.raises(ValueError, match=r"have model_init also call chunk_loss_\(model\)"):
         stock.train()
 
 
@@ -576,6 +612,41 @@ def test_an_option_that_the_checkpoint_would_overrule_is_refused(first, second, 
     left_out = trainer({"seed": 5} if "seed" in first else {})
     left_out.train(resume_from_checkpoint=checkpoint)
     assert_same_state(again.model.state_dict(), left_out.model.state_dict())
+
+
+@dataclass
+class OfAnotherLibrary(TrainingArguments):
+    """TRL's arguments have default rates of their own, too."""
+
+    learning_rate: float = 2e-5
+
+
+@pytest.mark.parametrize("kind", [TrainingArguments, QFTTrainingArguments, OfAnotherLibrary])
+def test_a_rate_that_is_left_out_is_that_of_the_checkpoint(kind, tmp_path):
+    """The error said to leave the rate out; the default that took its place was refused, too."""
+
+    def trainer(rate):
+        args = arguments(tmp_path, kind, learning_rate=rate, save_strategy="steps", save_steps=3)
+        return QFTTrainer(model=tiny_llama(), args=args, train_dataset=sequences())
+
+    straight = trainer(1e-3)
+    straight.train()
+    with pytest.raises(ValueError, match=r"Give learning_rate=0\.001 or leave it out"):
+        trainer(2e-3).train(str(tmp_path / "checkpoint-3"))
+    resumed = trainer(kind.__dataclass_fields__["learning_rate"].default)
+    resumed.train(str(tmp_path / "checkpoint-3"))
+    assert_same_state(straight.model.state_dict(), resumed.model.state_dict())
+
+
+def test_a_rate_that_equals_the_default_is_compared_if_it_was_given(tmp_path):
+    def trainer(rate):
+        fields = {"learning_rate": rate, "save_strategy": "steps", "save_steps": 3}
+        args = arguments(tmp_path, QFTTrainingArguments, **fields)
+        return QFTTrainer(model=tiny_llama(), args=args, train_dataset=sequences())
+
+    trainer(1e-3).train()
+    with pytest.raises(ValueError, match="learning_rate=1e-05 was given"):
+        trainer(1e-5).train(str(tmp_path / "checkpoint-3"))
 
 
 def test_groups_of_ones_own_may_have_rates_of_their_own(tmp_path):

@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from qft_hf import QFTTrainer
 from qft_hf.hf.config import QFTConfig
 from qft_hf.hf.convert import dequantize_model_, quantize_model_
 from qft_hf.quant import QFTWeight
@@ -26,12 +27,12 @@ def sequences():
     return [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
 
 
-def trained(model, output_dir, optim="adamw_torch"):
+def trained(model, output_dir, optim="adamw_torch", cls=Trainer):
     args = TrainingArguments(
         output_dir, optim=optim, max_steps=8, learning_rate=0.02, logging_steps=1, report_to="none",
         use_cpu=True, save_strategy="no",
     )  # fmt: skip
-    trainer = Trainer(model=model, args=args, train_dataset=sequences())
+    trainer = cls(model=model, args=args, train_dataset=sequences())
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -57,9 +58,16 @@ def test_adapters_train_with_any_optimizer_and_the_base_stays(optim, tmp_path):
     assert len(frozen) == 16
 
 
-def test_an_optimizer_of_ours_is_for_all_weights_and_says_so(tmp_path):
-    with pytest.raises(ValueError, match="Set optim='adamw_torch' to train the adapters"):
-        trained(adapted(), tmp_path, "qft_lion")
+@pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
+def test_an_optimizer_of_ours_is_for_all_weights_and_says_so(cls, tmp_path):
+    """`QFTTrainer` named the optimizer alone, and then refused that one."""
+    said = r"use transformers\.Trainer with optim='adamw_torch'; .* the model without adapters"
+    model = adapted()
+    for part in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match=said):
+            trained(part, tmp_path, "qft_lion", cls)
+    trained(model, tmp_path, "adamw_torch", Trainer)
+    trained(quantize_model_(tiny_llama(), QFTConfig()), tmp_path, "qft_lion", cls)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

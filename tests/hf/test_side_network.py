@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from qft_hf import (
     QFTConfig,
+    QFTLion,
     QFTTrainer,
     QFTTrainingArguments,
     dequantize_model_,
@@ -91,6 +93,34 @@ RUNS = [
     (QFTTrainer, "qft_adamw", "float", True),
 ]
 CHECKPOINTED = ("int8", "nf4")  # bases beside which side layers are checkpointed
+
+
+@pytest.mark.parametrize("way", ["model_init", "optimizer"])
+def test_a_side_network_becomes_int8_as_the_stock_trainer_says(way, base_folder, tmp_path):
+    """The error named the model, and a base that is stored in 4 bits was then refused."""
+    steps = []
+
+    def make():
+        model = attach_side_network(base_of("nf4", base_folder), CONFIG)
+        for step in steps:
+            eval(step, globals() | {"model": model})
+        return model
+
+    def train():
+        if way == "model_init":
+            args = arguments(tmp_path, optim="qft_lion")
+            trainer = Trainer(model_init=make, args=args, train_dataset=rows())
+        else:
+            model = make()
+            own = QFTLion(side_parameters(model).values(), lr=0.01)
+            args = arguments(tmp_path)
+            trainer = Trainer(model, args, train_dataset=rows(), optimizers=(own, None))
+        trainer.train()
+
+    with pytest.raises((TypeError, ValueError), match="of SideNetwork is INT8") as refused:
+        train()
+    steps += re.findall(r"quantize_model_\(.*?\)\)", str(refused.value))
+    train()
 
 
 @pytest.mark.parametrize(("kind", "optim", "base", "bf16"), RUNS)

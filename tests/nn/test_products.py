@@ -81,7 +81,7 @@ def test_a_name_without_a_linear_module_is_refused_before_anything_changes(name)
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"group_size": 64}, r'got group_size=64.*Set group_size to None, or matmul="dequ'),
+        ({"group_size": 64}, r'got group_size=64.*Leave group_size out, or set matmul="dequ'),
         ({"products": {"*": ["forwards"]}}, r"\['forwards'\] for '\*'.*are forward, input_grad"),
     ],
 )

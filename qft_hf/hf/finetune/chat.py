@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...nn.loss import IGNORED
+from ..shipped import shipped_names
 from .arguments import DataArguments
 from .conversation import Conversation, Turn, excerpt, read_conversation
 from .task import Example, LanguageTask, NothingToLearn, Row, RowError
@@ -92,7 +93,8 @@ class ConversationEncoder:
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"task 'chat' needs a chat template, but the tokenizer of "
-                f"{tokenizer.name_or_path!r} has none. Set chat_template to a Jinja file, or use "
+                f"{tokenizer.name_or_path!r} has none. Set chat_template to a Jinja file or to one "
+                f"that ships ({', '.join(shipped_names('.jinja'))}), or use "
                 "an instruction-tuned model's tokenizer."
             )
         if assistant_only and not tokenizer.is_fast:

@@ -48,7 +48,7 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
     tokenizer = load_tokenizer(model_arguments)
     data = prepare_data(_data_of(arguments), tokenizer, start.config, seed=training.seed)
     if data.evaluation is None:
-        raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
+        raise ValueError("nothing is held out to evaluate on. Name rows with --eval_data.")
     _refuse_learned_rows(arguments, data)
     if start.side is None:
         model = load_model(start.model, None, start.config, data.task)

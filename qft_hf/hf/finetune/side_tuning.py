@@ -14,7 +14,7 @@ from ..base import DEFAULT_BASE, FORMS, base_format, form_of_base, stored_format
 from ..estimate import without_storage
 from ..missing_model import explain_loading_errors
 from ..run_files import RUN_CONFIG, recorded_settings
-from ..side_network import is_side_network, load_side_network, side_description
+from ..side_network import CONFIG_NAME, is_side_network, load_side_network, side_description
 from .arguments import MethodArguments, ModelArguments
 from .loading import load_config, load_model
 from .packing import refuse_leaky_packing_family
@@ -74,6 +74,7 @@ class SideCheckpoint:
     config: QSTConfig  # of the side network
     architecture: str  # class of the base
     labels: dict[int, str] | None  # outputs of the head that was trained with it; None without one
+    named_in: str  # key and file that name the base
 
     @property
     def form(self) -> str:
@@ -102,13 +103,16 @@ def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
         return None
     said = side_description(folder)
     base, name, revision = said["base"], said["base"]["name"], None
+    named_in = f"base.name in {folder / CONFIG_NAME}"
     for home in (folder.resolve().parent, folder):  # of a checkpoint in a run, or of a run
         run = recorded_settings(home)
         if "model_name_or_path" in run:
             name, revision = run["model_name_or_path"], run.get("model_revision")
+            named_in = f"model_name_or_path in {home / RUN_CONFIG}"
     # If the run started from a side network; no name would mean the working directory.
     if name and (earlier := side_checkpoint(name)) is not None:
         name, revision = earlier.base, revision or earlier.revision
+        named_in = earlier.named_in
     return SideCheckpoint(
         folder,
         name,
@@ -117,6 +121,7 @@ def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
         said["config"],
         base["architecture"],
         said["labels"],
+        named_in,
     )
 
 
@@ -156,7 +161,7 @@ def start_of(arguments: ModelArguments) -> Start:
         raise FileNotFoundError(
             f"{side.folder} holds a side network of {side.base or 'an unnamed model'}, which is "
             f"neither here (looked from {Path.cwd()}) nor on the hub. Work in the folder where the "
-            f"run was started, or set model_name_or_path to the base in {side.folder / RUN_CONFIG}."
+            f"run was started, or set {side.named_in} to the place of the base."
         ) from error
     config.architectures = [side.architecture]
     if side.labels is not None:

@@ -276,11 +276,13 @@ def _slice(parts: list[Rows], split: str, source: str) -> list[Rows]:
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     """Return the files of a split: those with its name; if no file names a split, all are train."""
-    if (folder / "dataset_dict.json").is_file() or any(folder.glob("data-*-of-*.arrow")):
+    has_splits = (folder / "dataset_dict.json").is_file()
+    if has_splits or any(folder.glob("data-*-of-*.arrow")):
+        one = "['train']" if has_splits else ""
         raise ValueError(
-            f"{folder} was written by save_to_disk, so its JSON files are not data. Write parquet: "
-            f"datasets.load_from_disk({str(folder)!r}).to_parquet('train.parquet'), one file "
-            "for each split."
+            f"{folder} was written by save_to_disk, so its JSON files are not data. Write parquet, "
+            f"in Python: datasets.load_from_disk({str(folder)!r}){one}.to_parquet('train.parquet')"
+            f"{', and so for each split' if has_splits else ''}."
         )
     files = [
         path
