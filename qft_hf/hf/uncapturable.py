@@ -33,8 +33,9 @@ def uncapturable(args: TrainingArguments, model: nn.Module) -> list[str]:
     if args.gradient_checkpointing and checkpointing.get("preserve_rng_state", True):
         reasons.append(
             "gradient_checkpointing saves the state of random numbers on the host. In a model "
-            'without dropout, gradient_checkpointing_kwargs={"use_reentrant": False, '
-            '"preserve_rng_state": False} gives the same results without it'
+            'without dropout, {"use_reentrant": False, "preserve_rng_state": False} as '
+            "gradient_checkpointing_kwargs, or as activation_checkpointing_kwargs if those are "
+            "set, gives the same results without it"
         )
     if args.use_liger_kernel and (args.liger_kernel_config or {}).get(WHOLE):
         reasons.append(

@@ -88,9 +88,10 @@ def _refuse_of_several(args: TrainingArguments) -> None:
     passed = checkpointing.keys() - {"every_n_layers", "offload"}
     if args.gradient_checkpointing and checkpointing.get("use_reentrant", bool(passed)):
         raise ValueError(
-            "With use_reentrant=True, the default next to other gradient_checkpointing_kwargs, "
-            "backward passes are nested, and several processes cannot determine when a step's "
-            "gradients are complete. Add 'use_reentrant': False to gradient_checkpointing_kwargs."
+            "With use_reentrant=True, the default next to other gradient_checkpointing_kwargs or "
+            "activation_checkpointing_kwargs, backward passes are nested, and several processes "
+            "cannot determine when a step's gradients are complete. Add 'use_reentrant': False to "
+            "them."
         )
     if args.save_on_each_node:
         raise ValueError(

@@ -513,7 +513,7 @@ def test_sharding_of_float_weights_is_refused_before_anything_happens(
     ("attribute", "value", "message"),
     [
         ("_tp_size", 2, "Load the model without tp_plan"),
-        ("peft_config", {}, "pass the base model to train it whole"),
+        ("peft_config", {}, "load the model without adapters"),
     ],
 )
 def test_models_that_hold_other_things_than_plain_weights_are_refused(

@@ -797,7 +797,7 @@ def test_weights_that_are_frozen_or_not_used_in_some_batches(accumulation):
 
 
 def test_release_settings_are_refused_for_the_stack():
-    with pytest.raises(ValueError, match=r"clipped between backward and step"):
+    with pytest.raises(ValueError, match=r"clip between backward and step by torch"):
         make_optimizer(network(), "stack", clipping="tensor", max_grad_norm=1.0)
     optimizer = make_optimizer(network(), "stack")
     with pytest.raises(RuntimeError, match="clip_grad_norm_ between backward and step"):

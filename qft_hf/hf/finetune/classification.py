@@ -117,8 +117,8 @@ class Classification(Task):
         if label is None or label == UNLABELLED:
             raise RowError(
                 f"no label ({label})",
-                "a row without a label cannot be learned or scored. Remove it, or set on_bad_row "
-                f"to skip; give a class that is stored as {UNLABELLED} a name.",
+                "a row without a label cannot be learned or scored. Remove it, or give a class "
+                f"that is stored as {UNLABELLED} a name.",
             )
         index = self._index_of.get(_key(label))
         if index is None and isinstance(label, int) and 0 <= label < len(self.names):
