@@ -132,7 +132,7 @@ def _run(command: ModuleType, argv: list[str]) -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
         advice = _advice(error)
         if _is_full_disk(error) or not (advice or _is_refusal(error)):
             raise

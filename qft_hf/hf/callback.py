@@ -59,7 +59,7 @@ class QFTCallback(TrainerCallback):
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible and the Trainer would copy the model to each by "
                 "nn.DataParallel, which side networks do not support. Set CUDA_VISIBLE_DEVICES to "
-                "one GPU."
+                "one GPU before Python starts."
             )
         if named_optimizer(args) is not None and model is not None:
             refuse_optimizer(optimizer, args)

@@ -74,8 +74,8 @@ def _refuse_distribution(args: TrainingArguments, model: nn.Module) -> None:
     if isinstance(model, nn.DataParallel) or args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible and the Trainer would wrap the model in "
-            "nn.DataParallel, which copies float weights. Set CUDA_VISIBLE_DEVICES to one GPU. "
-            + SEVERAL_GPUS
+            "nn.DataParallel, which copies float weights. Set CUDA_VISIBLE_DEVICES to one GPU "
+            "before Python starts. " + SEVERAL_GPUS
         )
     if args.world_size > 1:
         _refuse_of_several(args)

@@ -761,6 +761,15 @@ def test_a_run_without_a_whole_checkpoint_is_begun_again_as_the_error_says(chat_
     finetune(parsed(values, output_dir=tmp_path / "b", model_name_or_path=run / "checkpoint-4"))
 
 
+def test_a_run_that_diverges_ends_in_advice_that_works(chat_flags, refused):
+    """It ended in a traceback."""
+    diverges = {**chat_flags, "learning_rate": 1e30, "max_steps": 6}
+    error = refused("finetune", *as_flags(diverges))
+    assert "nonfinite='skip' drops such steps" in error
+    skips = parsed(diverges, nonfinite="skip", overwrite_output="true")
+    assert finetune(skips).steps == 6
+
+
 def test_what_is_written_has_the_use_cache_of_the_base(chat_flags):
     finetune(parsed(chat_flags, export_dtype="bfloat16", save_strategy="steps", save_steps=4))
     run = chat_flags["output_dir"]
