@@ -99,7 +99,7 @@ def _refuse_other_quantization(model: nn.Module, config: QFTConfig) -> None:
             f"{type(model).__name__} has an INT8 side network and a float base, which was not "
             "quantized before. Call quantize_model_ before attach_side_network, or "
             "load_side_network into an INT8 base; for a side network of another format, "
-            "call dequantize_model_(model.side_network) first."
+            "call dequantize_model_(model.side_network, model.dtype) first."
         )
     if current != config:
         raise ValueError(
