@@ -27,8 +27,7 @@ from transformers import (
     BloomForCausalLM,
     GraniteConfig,
     MambaConfig,
-    MptConfig,
-    MptForCausalLM,
+    MambaForCausalLM,
     TrainerCallback,
     ViTConfig,
     trainer,
@@ -675,9 +674,9 @@ def test_a_gpus_kernels_are_refused_on_a_cpu_by_a_run_and_not_by_a_check(chat_fl
 def test_a_dry_run_says_why_memory_is_not_estimated(chat_flags):
     """It once gave the same two possible reasons for all models."""
     folder = chat_flags["model_name_or_path"]
-    config = MptConfig(vocab_size=VOCAB_SIZE, d_model=32, n_layers=2, n_heads=4, max_seq_len=256)
-    MptForCausalLM(config).save_pretrained(folder)
-    with pytest.raises(ValueError, match="has no intermediate_size") as reason:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    MambaForCausalLM(MambaConfig(vocab_size=VOCAB_SIZE, **sizes)).save_pretrained(folder)
+    with pytest.raises(ValueError, match="has no num_attention_heads") as reason:
         estimate_memory(folder)
     found = check(parsed(chat_flags))
     assert found.memory is None

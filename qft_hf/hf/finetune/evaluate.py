@@ -116,8 +116,8 @@ def _refuse_learned_rows(arguments: RunArguments, data: TaskData) -> None:
     raise ValueError(
         f"the rows that {folder} held out cannot be drawn again, so rows that it has learned would "
         f"be scored: its data, eval_fraction or seed changed ({counted(n_before, 'row')} then, "
-        f"{n_rows:,} now). Restore them, take fewer of its held-out rows with --max_eval_rows, or "
-        "name other rows with --eval_data."
+        f"{n_rows:,} now). Restore them, after which --max_eval_rows takes fewer of its held-out "
+        "rows, or name other rows with --eval_data."
     )
 
 
