@@ -32,8 +32,7 @@ def check_quantizable(name: str, weight: Tensor, arrangement: Arrangement) -> No
     count = weight.numel() - int(weight.isfinite().sum())
     raise ValueError(
         f"{name} has {count} of {weight.numel()} values that are NaN or infinite and "
-        "cannot be quantized. The checkpoint is damaged or its dtype is too narrow: load "
-        "another one, or list the module in modules_to_not_convert."
+        "cannot be quantized. The checkpoint is damaged or its dtype is too narrow: load a good one."
     )
 
 
