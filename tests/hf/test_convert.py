@@ -155,7 +155,9 @@ def test_bad_value_is_named_and_the_model_stays(name):
     with torch.no_grad():
         model.get_parameter(name)[-1] = float("nan")
 
-    with pytest.raises(ValueError, match=rf"{name} has \d+ of .* NaN or infinite.* load a good one\.$"):
+    with pytest.raises(
+        ValueError, match=rf"{name} has \d+ of .* NaN or infinite.* load a good one\.$"
+    ):
         quantize_model_(model, QFTConfig())
 
     assert not any(isinstance(parameter, QFTWeight) for parameter in model.parameters())

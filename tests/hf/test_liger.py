@@ -149,12 +149,12 @@ def test_experts_in_int8_are_refused_by_name_also_where_they_are_frozen(optim, t
 def test_a_model_without_the_loss_is_told_how_to_do_without(tmp_path, monkeypatch):
     monkeypatch.setattr("qft_hf.hf.liger.is_liger_kernel_available", lambda: False)
     advice = re.escape(f"liger_kernel_config={{'{FUSED}': False}} leaves out both")
-    with pytest.raises(ValueError, match=f"INT8 output head, got NoneType.*{advice}"):
+    with pytest.raises(ValueError, match=f"INT8 output head, and Bert.* has none.*{advice}"):
         QFTTrainer(model=tiny_bert(), args=with_liger(tmp_path))
     side = attach_side_network(tiny_llama(), QSTConfig(r=2))
-    with pytest.raises(ValueError, match=f"INT8 output head, got Linear.*{advice}"):
+    with pytest.raises(ValueError, match=f"INT8 output head, and Llama.* a float Linear.*{advice}"):
         QFTTrainer(model=side, args=with_liger(tmp_path))
-    with pytest.raises(ValueError, match=r"leave chunked_loss off\.$"):  # not asked for by Liger
+    with pytest.raises(ValueError, match=r"Leave chunked_loss off\.$"):  # not asked for by Liger
         QFTTrainer(
             model=tiny_bert(), args=arguments(tmp_path, QFTTrainingArguments, chunked_loss=True)
         )
