@@ -143,6 +143,7 @@ class QFTTrainer(CheckpointTrainer):
         kind = (
             self.accelerator.sync_gradients,
             self.current_gradient_accumulation_steps,
+            optimizer.clipping,
             optimizer.max_grad_norm,
         )
         return self._graphed_step(run, batch, kind=kind)

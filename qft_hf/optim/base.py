@@ -111,12 +111,12 @@ class QFTOptimizer(Optimizer):
         is_accumulating: Callable[[], bool] | None = None,
         seed: int = 0,
     ) -> None:
-        check_settings(gradient, nonfinite, accumulation, clipping, max_grad_norm)
         self.gradient = gradient
         self.nonfinite = nonfinite
         self.accumulation = accumulation
         self.clipping = clipping
         self.max_grad_norm = max_grad_norm
+        self._check_settings()
         self.is_accumulating = is_accumulating
         self.skipped_steps = 0
         self._prepare()
@@ -339,14 +339,20 @@ class QFTOptimizer(Optimizer):
 
     # --- a step
 
+    def _check_settings(self) -> None:
+        check_settings(
+            self.gradient, self.nonfinite, self.accumulation, self.clipping, self.max_grad_norm
+        )
+
     def check_groups(self) -> None:
-        """Check all groups: a scheduler may have changed any option, and `model.half()` a dtype.
+        """Check everything before a step: options may have been set, and `model.half()` called.
 
         Raises:
             TypeError: A float parameter is neither fp32 nor bf16.
             ValueError: An option is out of its range, or a group has a parameter that was not given
                 to the optimizer.
         """
+        self._check_settings()
         for group in self.param_groups:
             self.check_group(group)
             self._check_dtypes(group)

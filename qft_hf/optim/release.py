@@ -52,16 +52,15 @@ NOT_FINITE = (
 )
 
 
-def options_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return copies of parameter groups without the parameters."""
-    return [
-        {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in group.items()
-            if name != "params"
-        }
-        for group in groups
-    ]
+def options_of(optimizer: "QFTOptimizer") -> dict[str, Any]:
+    """Return copies of what backward updates by: the options of all groups, and how it clips."""
+    options = {
+        f"{name} of parameter group {number}": value.clone() if isinstance(value, Tensor) else value
+        for number, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if name != "params"
+    }
+    return {"clipping": optimizer.clipping, "max_grad_norm": optimizer.max_grad_norm, **options}
 
 
 class Release(Flow):
@@ -84,7 +83,7 @@ class Release(Flow):
         self._measured: Tensor | None = None  # norm of the next step, by `measure_norm`
         self._squares: list[Tensor] = []  # fp64, of this step's gradients; added up once
         self._used: set[int] = set()  # ids of parameters whose gradient this step has taken
-        self._options: list[dict[str, Any]] | None = None  # of all groups, when the step began
+        self._options: dict[str, Any] | None = None  # when the step began
         self._is_in_backward = False  # stays True after a pass that failed
         self._floats: list[tuple[Parameter, Tensor]] = []  # small ones, used together in the step
         self._is_measuring = False
@@ -177,7 +176,7 @@ class Release(Flow):
             self._warn_of_unmeasured(parameter)
         if not self._used:  # the first of this step
             optimizer.check_groups()
-            self._options = options_of(optimizer.param_groups)
+            self._options = options_of(optimizer)
         if isinstance(gradient, TiledGradient):
             self._take(parameter)
             factor = self._factor(self._norm_of_all(), gradient.device)
@@ -237,8 +236,8 @@ class Release(Flow):
 
         Raises:
             FloatingPointError: A gradient has a NaN or infinity. Waiting gradients were not used.
-            RuntimeError: The previous step was interrupted half-way, or an option of a group has
-                changed since backward updated the first weight. Waiting gradients were not used.
+            RuntimeError: The previous step was interrupted half-way, or an option has changed since
+                backward updated the first weight. Waiting gradients were not used.
         """
         self._refuse_interrupted_step()
         self._refuse_changed_options()
@@ -270,17 +269,16 @@ class Release(Flow):
     def _refuse_changed_options(self) -> None:
         if self._options is None:
             return
-        now = options_of(self.optimizer.param_groups)
-        for number, (before, after) in enumerate(zip(self._options, now, strict=False)):
-            for name in before.keys() & after.keys():
-                if before[name] != after[name]:
-                    raise RuntimeError(
-                        f"{name} of parameter group {number} was {before[name]} when backward "
-                        f"updated the {self.n_used} weights of this step, and is {after[name]} "
-                        "now. With gradient='release' set it before backward, as a scheduler does "
-                        "that steps after the optimizer; or use gradient='stack'. Reload a "
-                        "checkpoint, or call optimizer.zero_grad() to go on from here."
-                    )
+        now = options_of(self.optimizer)
+        for name, before in self._options.items():
+            if before != now.get(name, before):
+                raise RuntimeError(
+                    f"{name} was {before} when backward updated the {self.n_used} "
+                    f"weights of this step, and is {now[name]} now. With gradient='release' set it "
+                    "before backward, as a scheduler does that steps after the optimizer; or use "
+                    "gradient='stack'. Reload a checkpoint, or call optimizer.zero_grad() to go on "
+                    "from here."
+                )
 
     def _drop_converted(self) -> None:
         """Drop gradients of parameters that have become INT8, as a conversion drops `.grad`."""
@@ -314,8 +312,7 @@ class Release(Flow):
             self.optimizer.update_floats(together)
 
         parameters = [parameter for parameter, _ in together]
-        name = ("update", self.optimizer.max_grad_norm)
-        run_part(name, update, repeated=lambda: self.optimizer.updated(parameters))
+        run_part("update", update, repeated=lambda: self.optimizer.updated(parameters))
         self._n_updated = 0
 
     def _remember(self, norm: Tensor | None) -> None:
@@ -436,4 +433,4 @@ class Release(Flow):
         """Restore the norms and waiting gradients that the pass has left, in the same memory."""
         self._used = {id(p) for p in (*result.updated, *(p for p, _ in result.floats))}
         self._squares, self._floats = list(result.squares), list(result.floats)
-        self._options = options_of(self.optimizer.param_groups)  # the pass has read them
+        self._options = options_of(self.optimizer)  # the pass has read them

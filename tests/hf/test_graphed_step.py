@@ -327,20 +327,41 @@ def test_what_changes_between_the_parts_of_a_step_counts(change, tmp_path):
     assert runs[1].n_replays >= 3 * N_REPLAYED - 2
 
 
+def clip_to_less(made: QFTTrainer) -> None:
+    made.optimizer.optimizer.max_grad_norm = 0.1
+
+
+def clip_each(made: QFTTrainer) -> None:
+    made.optimizer.optimizer.clipping = "tensor"
+
+
 @pytest.mark.parametrize("cls", [QFTTrainer, Graphed])
-def test_a_rate_that_changes_after_released_weights_took_it_is_refused(cls, tmp_path):
-    made = trainer(cls, tmp_path, gradient="release", max_grad_norm=0)
-    made.add_callback(Between(made, change_the_rate))
-    with pytest.raises(RuntimeError, match=r"lr of parameter group 0 was .* and is .* now"):
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(change_the_rate, "lr of parameter group 0"), (clip_to_less, "max_grad_norm")],
+)
+def test_an_option_that_changes_after_released_weights_took_it_is_refused(
+    cls, change, name, tmp_path
+):
+    made = trainer(cls, tmp_path, **PREVIOUS)
+    made.add_callback(Between(made, change))
+    with pytest.raises(RuntimeError, match=rf"{name} was .* and is .* now"):
         made.train()
     assert made.state.global_step == 9  # the step that would have been the tenth
 
 
-def test_another_norm_to_clip_by_counts_from_the_next_pass_on(tmp_path):
+@pytest.mark.parametrize("change", [clip_to_less, clip_each])
+def test_other_clipping_counts_from_the_next_pass_on(change, tmp_path):
+    class Before(Between):
+        def on_step_begin(self, *others, **kwargs) -> None:
+            super().on_pre_optimizer_step(*others, **kwargs)
+
+        def on_pre_optimizer_step(self, *_, **__) -> None: ...
+
     runs = []
     for cls in (QFTTrainer, Graphed):
         made = trainer(cls, tmp_path, **PREVIOUS, optim="qft_sgd")
-        made.add_callback(Between(made, clip_to_less))
+        made.add_callback(Before(made, change))
         made.train()
         runs.append(made)
 
@@ -349,10 +370,6 @@ def test_another_norm_to_clip_by_counts_from_the_next_pass_on(tmp_path):
     losses = [[entry.get("loss") for entry in made.state.log_history] for made in (plain, runs[0])]
     assert losses[0][:10] == losses[1][:10]
     assert losses[0][12] != losses[1][12]
-
-
-def clip_to_less(made: QFTTrainer) -> None:
-    made.optimizer.optimizer.max_grad_norm = 0.1
 
 
 class Between(TrainerCallback):

@@ -812,6 +812,44 @@ def test_float_parameters_are_released_too():
     assert not torch.equal(model.norm.weight, torch.ones(22))
 
 
+@pytest.mark.parametrize("clipping", ["exact", "previous", "tensor"])
+@pytest.mark.parametrize("attribute", ["max_grad_norm", "clipping"])
+def test_clipping_that_changes_between_backward_and_step_is_refused(clipping, attribute):
+    """Norms were once clipped by the new value, and the INT8 weights by the old one."""
+    model = network()
+    optimizer = QFTLion(model.parameters(), gradient="release", clipping=clipping, max_grad_norm=1)
+    (ids,) = batches(1)
+    if clipping == "exact":
+        with optimizer.measure_norm():
+            loss_of(model, ids).backward()
+    loss_of(model, ids).backward()
+    before = copy.deepcopy(model.state_dict())
+    value = getattr(optimizer, attribute)
+    others = {"max_grad_norm": 0.25, "clipping": "tensor" if value == "exact" else "exact"}
+    other = others[attribute]
+    setattr(optimizer, attribute, other)
+    with pytest.raises(RuntimeError, match=rf"{attribute} was {value} .* is {other} now.*before"):
+        optimizer.step()
+    assert_same_tensors(model.state_dict(), before)
+
+    setattr(optimizer, attribute, value)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("norm", [0, -1.0, None, float("nan")])
+def test_a_norm_to_clip_by_that_is_set_later_is_checked(norm):
+    """With 0 all gradients once became 0, and with -1 the loss rose."""
+    model = network()
+    optimizer = QFTSGD(
+        model.parameters(), 0.1, gradient="release", clipping="tensor", max_grad_norm=1
+    )
+    before = copy.deepcopy(model.state_dict())
+    optimizer.max_grad_norm = norm
+    with pytest.raises(ValueError, match=r"max_grad_norm must be positive|Set both"):
+        loss_of(model, batches(1)[0]).backward()
+    assert_same_tensors(model.state_dict(), before)
+
+
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 def test_an_option_that_changes_between_backward_and_step_is_refused(name):
     """Norms once took the new rate, and the INT8 weights had taken the old one."""
