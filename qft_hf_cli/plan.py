@@ -94,7 +94,8 @@ def _model(name: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]
         from qft_hf.hf.finetune.forecast import workload_of
         from qft_hf.hf.finetune.parsing import parse_arguments
 
-        arguments = parse_arguments([name])
+        # Nothing is computed here, so the machine need not have the GPU that `bf16` asks for.
+        arguments = parse_arguments([name, "--use_cpu=true"])
         if (task := arguments.data.task) not in LANGUAGE_TASKS:
             raise ValueError(
                 f"{name} has task {task!r}, but memory is estimated only for causal language "

@@ -114,6 +114,18 @@ def test_a_config_says_how_long_and_how_many(folder, tmp_path, plan):
     assert longer["sequence_length"] == 64
 
 
+def test_a_config_for_a_gpu_is_planned_without_one(folder, tmp_path, plan, monkeypatch):
+    """`bf16: true`, as in a config that ships, was refused on a machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = tmp_path / "run.yaml"
+    text = f"model_name_or_path: {folder}\ntrain_data: t.jsonl\n"
+    config.write_text(text)
+    (expected,) = plan(config)
+    config.write_text(text + "bf16: true\ncuda_graph: true\nuse_cpu: false\n")
+    (result,) = plan(config)
+    assert result == expected
+
+
 def test_a_flag_overrides_its_own_key_of_a_config_and_no_other(folder, tmp_path, plan):
     """--matmul once replaced the whole format of the weights."""
     config = tmp_path / "run.yaml"
