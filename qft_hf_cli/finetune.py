@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         argv = ["--help"]
     from qft_hf.hf.finetune import finetune, parse_arguments
 
-    arguments = parse_arguments(argv, description="Train every parameter of a model in INT8.")
+    arguments = parse_arguments(argv)
     with output_for(as_json=as_json):
         summary = finetune(arguments)
     if arguments.training.process_index == 0:

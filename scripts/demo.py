@@ -25,11 +25,14 @@ BF16_STEP = 2**-8  # relative distance between neighboring bf16 numbers
 
 def main() -> None:
     """Fetch, tune, compare, export, check."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(__doc__, end="")
+        sys.exit(0)
     started = time.monotonic()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.chdir(ROOT)  # paths in the config are relative to it
     flags = ["demo", "--overwrite_output", "--export_dtype=bfloat16", *sys.argv[1:]]
-    arguments = parse_arguments(flags, description=__doc__)
+    arguments = parse_arguments(flags)
     for asset in DEMO_ASSETS:
         fetch(asset, ROOT / "data")
     run = prepare(arguments)

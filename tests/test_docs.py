@@ -198,8 +198,9 @@ def test_the_page_of_several_gpus_has_models_on_one_and_more():
     assert f"up to its {four.longest_sequence:,} positions" in DOCS["processes.md"]
 
 
-def test_the_map_of_hf_has_every_file():
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    section = page.partition("## Inside `hf/`")[2].partition("\n## ")[0]
-    files = {path.name for path in (ROOT / "qft_hf" / "hf").glob("*.py")} - {"__init__.py"}
+@pytest.mark.parametrize("package", ["kernels", "side", "optim", "hf"])
+def test_the_map_of_a_package_has_every_file(package):
+    page = DOCS["architecture.md"]
+    section = page.partition(f"## Inside `{package}/`")[2].partition("\n## ")[0]
+    files = {path.name for path in (ROOT / "qft_hf" / package).glob("*.py")} - {"__init__.py"}
     assert files - set(re.findall(r"`(\w+\.py)`", section)) == set()

@@ -298,11 +298,11 @@ def test_missing_required_name(capsys):
 
 def test_help_lists_every_group(capsys):
     with pytest.raises(SystemExit) as ended:
-        parse_arguments(["--help"], description="What it is for.")
+        parse_arguments(["--help"])
 
     text = capsys.readouterr().out
     assert ended.value.code == 0
-    for part in ("What it is for.", "--train_data", "--outlier_fraction", "--export_dtype"):
+    for part in ("Train every parameter", "--train_data", "--outlier_fraction", "--export_dtype"):
         assert part in text
 
 

@@ -96,16 +96,13 @@ class RunArguments:
         return with_paths(self.given, whole) | (output_dir if "output_dir" in self.given else {})
 
 
-def parse_arguments(
-    argv: Sequence[str], *, command: str = "finetune", description: str | None = None
-) -> RunArguments:
+def parse_arguments(argv: Sequence[str], *, command: str = "finetune") -> RunArguments:
     """Read `[CONFIG] [--flag value ...]`.
 
     Args:
         argv: The command line without the program. A config comes first, a YAML file or the name of
             one that ships with the package; flags override it.
         command: The command of `qft-hf` that errors of argparse name.
-        description: Text for `--help`.
 
     Raises:
         FileNotFoundError: The config does not exist.
@@ -127,7 +124,7 @@ def parse_arguments(
         GROUPS,
         prog=f"qft-hf {command}",
         usage="%(prog)s [CONFIG.yaml] [--flag value ...]",
-        description=description,
+        description="Train every parameter of a model in INT8, or a side network.",
         allow_abbrev=False,
     )
     values, rest = parser.parse_known_args(flags)
