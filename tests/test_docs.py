@@ -204,3 +204,9 @@ def test_the_map_of_a_package_has_every_file(package):
     section = page.partition(f"## Inside `{package}/`")[2].partition("\n## ")[0]
     files = {path.name for path in (ROOT / "qft_hf" / package).glob("*.py")} - {"__init__.py"}
     assert files - set(re.findall(r"`(\w+\.py)`", section)) == set()
+
+
+def test_the_number_of_families_is_that_of_their_page():
+    n = len(re.findall(r"^\| .* \| yes \|", DOCS["families.md"], re.MULTILINE))
+    assert n >= 50
+    assert f"[{n} families](families.md)" in DOCS["modes.md"]
