@@ -68,8 +68,8 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
 
     Raises:
         ValueError: Nothing is quantized, or `dtype` is not a float type.
-        RuntimeError: The graph of a forward pass that is still alive uses a weight. The model is
-            unchanged.
+        RuntimeError: An operator outside of the weight's module has saved it for backward, or only
+            some of its fields were loaded. The model is unchanged.
     """
     if not any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise ValueError(

@@ -237,8 +237,8 @@ def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
 
     Raises:
         ValueError: `dtype` is not a float type.
-        RuntimeError: A weight is in use by a graph that is still alive, or only some of its fields
-            were loaded. The model is unchanged.
+        RuntimeError: An operator outside of the weight's module has saved it for backward, or only
+            some of its fields were loaded. The model is unchanged.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"A dequantized model needs a float dtype, got {dtype}.")

@@ -83,9 +83,14 @@ def saved_weight(ctx: Any, *, uses_values: bool) -> QFTWeight:
     """Return the weight that forward used, for backward.
 
     Raises:
-        RuntimeError: Backward uses its values, and they have changed.
+        RuntimeError: It was dequantized, or backward uses its values, and they have changed.
     """
     weight: QFTWeight = ctx.weight
+    if not isinstance(weight, QFTWeight):
+        raise RuntimeError(
+            "A weight was dequantized after the forward pass whose gradient is computed now. Run "
+            "backward before dequantize_model_, or repeat the forward pass after it."
+        )
     if uses_values and weight._version != ctx.version:
         raise RuntimeError(
             f"{weight!r} has changed since the forward pass whose gradient is computed now: an "
@@ -199,7 +204,7 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: QFTWeight, padding_idx: int | None) -> Tensor:
-        ctx.weight = weight
+        save_weight(ctx, weight)
         ctx.save_for_backward(ids)
         ctx.padding_idx = padding_idx
         rows = ids.reshape(-1).contiguous()
@@ -208,7 +213,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Int8Gradient, None]:
-        weight: QFTWeight = ctx.weight
+        weight = saved_weight(ctx, uses_values=False)
         (ids,) = ctx.saved_tensors
         gradient = Int8Gradient.zeros(weight)
         # Only rows that were looked up have a gradient, so no float gradient of the table is made.

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qft_hf import QFTConfig, quantize_model_
+from qft_hf import QFTConfig, dequantize_model_, quantize_model_
 from qft_hf.config import QuantizationSpec
 from qft_hf.nn import Groups, Int8Products, grouped_linear
 from qft_hf.optim import QFTAdamW, QFTLion
@@ -105,3 +105,29 @@ def test_several_passes_before_one_step_are_right():
     optimizer.step()
     expected = make("linear")[0].weight.dequantize().sum(0).expand(6, 20) * 3
     torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear, int8", "conv1d", "embedding"])
+def test_after_the_model_was_dequantized(kind):
+    """It was an AttributeError that named nothing of the model."""
+    if kind == "embedding":
+        model, x = quantize_model_(nn.Sequential(nn.Embedding(6, 20)), QFTConfig()), torch.arange(6)
+    else:
+        model, x = make(kind), randn(6, 20, seed=2)
+    loss = model(x).sum()
+    dequantize_model_(model)
+    with pytest.raises(RuntimeError, match="Run backward before dequantize_model_, or repeat"):
+        loss.backward()
+
+    model(x.to(torch.bfloat16) if x.is_floating_point() else x).sum().backward()
+    assert model[0].weight.grad.dtype == torch.bfloat16
+
+
+def test_a_weight_that_an_operator_has_saved_is_not_dequantized():
+    model = make("linear")
+    x = randn(20, seed=2).requires_grad_()
+    loss = (model[0].weight * x).sum()
+    with pytest.raises(RuntimeError, match="Delete the outputs of that pass"):
+        dequantize_model_(model)
+    loss.backward()
+    assert isinstance(model[0].weight, QFTWeight)
