@@ -1,6 +1,6 @@
 """Saves, checks and loads a side network without its base, and makes transformers do the same.
 
-A folder with a side network holds a few MB of tensors, a description with the name of the base, and
+A folder with a side network holds the trained tensors, a description with the name of the base, and
 a card, but not the base itself. As with adapters, `save_pretrained` of a model with a side network
 writes only the side network, so the checkpoints of every Trainer hold it and the optimizer's state.
 """

@@ -112,7 +112,7 @@ def _refuse_features(args: TrainingArguments, model: nn.Module) -> None:
     if side_network_of(model) is not None and given_options(args).get("gradient") == "release":
         raise ValueError(
             "gradient='release' is for training all parameters of a model, and only its side "
-            "network is trained, whose gradients take a few MB. Leave gradient out."
+            "network is trained, whose gradients are small. Leave gradient out."
         )
     if getattr(args, "chunked_loss", False) and args.label_smoothing_factor:
         raise ValueError(
