@@ -31,8 +31,8 @@ def check_quantizable(name: str, weight: Tensor, arrangement: Arrangement) -> No
         return
     count = weight.numel() - int(weight.isfinite().sum())
     raise ValueError(
-        f"{name} has {count} of {weight.numel()} values that are NaN or infinite and "
-        "cannot be quantized. The checkpoint is damaged or its dtype is too narrow: load a good one."
+        f"{name} has {count} of {weight.numel()} values that are NaN or infinite and cannot be "
+        "quantized. The checkpoint is damaged or its dtype is too narrow: load a good one."
     )
 
 
