@@ -60,6 +60,19 @@ def leaving_no_hook(train: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
                 )
 
 
+def saving_after_the_step(
+    save: Any, self: Any, args: Any, state: Any, control: Any, **kwargs: Any
+) -> None:
+    """Make the checkpoint that SIGTERM requests wait for the end of a step that has begun.
+
+    transformers would also save between backward and update. The random numbers of the step are
+    drawn by then, and released gradients have changed weights, but the step is not counted, so a
+    run that resumes would repeat it.
+    """
+    if ours(kwargs.get("optimizer")) is None:
+        save(self, args, state, control, **kwargs)
+
+
 def _register(name: str) -> None:
     member: Any = str.__new__(OptimizerNames, name)
     member._value_ = name

@@ -99,6 +99,12 @@ def _refuse_of_several(args: TrainingArguments) -> None:
             "of all rows is on the first one alone. Set save_on_each_node=False, and an output_dir "
             "that all machines see."
         )
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "enable_jit_checkpoint=True saves when SIGTERM arrives, which the processes may see at "
+            "different steps, and a checkpoint needs the optimizer state of all of them. Set "
+            "enable_jit_checkpoint=False, and save_steps for the progress that you can lose."
+        )
     if args.auto_find_batch_size:
         raise ValueError(
             "auto_find_batch_size=True tries a smaller batch on the process whose memory runs out, "

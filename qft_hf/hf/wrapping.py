@@ -13,6 +13,7 @@ from accelerate import Accelerator, big_modeling
 from accelerate.utils import modeling
 from huggingface_hub import serialization
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, initialization, trainer
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils.import_utils import is_peft_available
 
 from . import (
@@ -43,6 +44,7 @@ WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (Trainer, "create_accelerator_and_postprocess", reference_model.telling_the_trainer),
     (Trainer, "train", registration.leaving_no_hook),
     (Trainer, "train", processes.reporting_failures),
+    (JITCheckpointCallback, "on_pre_optimizer_step", registration.saving_after_the_step),
     (Trainer, "_save_checkpoint", processes.consolidating_state),
     (Trainer, "evaluation_loop", processes.sharing_buffers),
     (Trainer, "_load_from_checkpoint", saved_names.loading_checkpoint),

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import shutil
+import signal
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from transformers import (
     TrainerCallback,
     trainer,
 )
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from qft_hf import QFTConfig, QFTTrainer, QFTTrainingArguments, quantize_model_
@@ -865,6 +868,41 @@ def test_a_model_without_use_cache_gets_none(tmp_path):
     run = trainer_on(model, tmp_path, QFTTrainer, save_strategy="no")
     run.save_model()
     assert ("use_cache" in json.loads((tmp_path / "config.json").read_text())) == had
+
+
+@pytest.mark.parametrize("gradient", ["stack", "release"])
+@pytest.mark.parametrize("cls", [QFTTrainer, Trainer])
+def test_a_checkpoint_that_sigterm_requests_waits_for_the_end_of_the_step(cls, gradient, tmp_path):
+    """The checkpoint was saved between backward and update, when releasing had moved weights.
+
+    The resumed run took the step again from there: with `release` its losses were others.
+    """
+    dropout = {"attention_dropout": 0.3}  # a step that is repeated needs its random numbers
+    run = {"optim_args": f"gradient={gradient}", "save_strategy": "no", "max_grad_norm": 0}
+    straight = trainer_on(tiny_llama(**dropout), tmp_path / "straight", cls, **run)
+    straight.train()
+
+    folder = tmp_path / "run"
+    trainer = trainer_on(tiny_llama(**dropout), folder, cls, enable_jit_checkpoint=True, **run)
+    callbacks = trainer.callback_handler.callbacks
+    manager = next(c for c in callbacks if isinstance(c, JITCheckpointCallback)).jit_manager
+    manager.kill_wait = 0
+
+    def terminate(*_):
+        if trainer.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not manager.is_checkpoint_requested:
+                time.sleep(0.01)
+
+    trainer.model.register_forward_hook(terminate)
+    trainer.train()
+
+    assert trainer.state.global_step == 3
+    assert names(folder) == ["checkpoint-3"]
+    resumed = trainer_on(tiny_llama(**dropout), folder, cls, **run)
+    resumed.train(resume_from_checkpoint=True)
+    assert history(resumed, "loss")[-3:] == history(straight, "loss")[-3:]
+    assert_same_state(resumed.model, straight.model)
 
 
 def test_a_run_grouped_by_length_resumes_with_the_batches_of_the_straight_run(tmp_path):

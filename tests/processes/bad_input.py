@@ -273,7 +273,10 @@ def loaded_into_shards(folder: Path, n: int) -> dict[str, Any]:
 
 
 def checkpointed(folder: Path, n: int, **kwargs: Any) -> dict[str, Any]:
-    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    return refused(folder, n, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+
+
+def refused(folder: Path, n: int, **settings: Any) -> dict[str, Any]:
     return {"text": outcome(lambda: trainers.make("stack", folder / "bad", n=n, **settings))}
 
 
@@ -312,6 +315,7 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
         "trainer-batch": lambda: other_batch(folder, n),
         "trainer-at-once": lambda: resumed_at_once(folder, rank, n),
         "shards": lambda: loaded_into_shards(folder, n),
+        "trainer-sigterm": lambda: refused(folder, n, enable_jit_checkpoint=True),
         "trainer-reentrant": lambda: checkpointed(folder, n, use_reentrant=True),
         "trainer-reentrant-unsaid": lambda: checkpointed(folder, n, preserve_rng_state=False),
     }  # fmt: skip
@@ -325,6 +329,7 @@ CASES = (
     "loaded-since",
     "trainer-model", "trainer-rate", "trainer-data",
     "trainer-adapters", "trainer-adapters-data", "trainer-side", "trainer-side-seed",
-    "trainer-full", "stock-full", "trainer-batch", "trainer-at-once", "shards", "trainer-reentrant",
+    "trainer-full", "stock-full", "trainer-batch", "trainer-at-once", "shards", "trainer-sigterm",
+    "trainer-reentrant",
     "trainer-reentrant-unsaid", "reentrant",
 )  # fmt: skip

@@ -32,6 +32,7 @@ from tests.processes.test_training import different
         ("trainer-adapters-data", r"number of training examples is 36 on process 0 and 37 on 1"),
         ("trainer-side-seed", r"seed is 5 on process 0 and 6 on 1.* same arguments"),
         ("shards", r"^ValueError: distributed_config splits .*accelerate launch --multi_gpu"),
+        ("trainer-sigterm", r"Set enable_jit_checkpoint=False, and save_steps"),
         ("trainer-reentrant", r"'use_reentrant': False"),
         ("trainer-reentrant-unsaid", r"'use_reentrant': False"),
     ],
