@@ -104,6 +104,10 @@ class QFTTrainingArguments(TrainingArguments):
         """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy, """
         "which chunked_loss replaces, and swiglu of experts work with INT8 weights."
     )
+    report_to: list[str] | None | str = field(
+        default_factory=lambda: ["none"],  # a plain default of a list is lost on parsers of flags
+        metadata={"help": "Integrations that receive the logs, such as wandb; or all, or none."},
+    )
     cuda_graph: bool = setting(
         "Capture forward and backward, clipping and the update as CUDA graphs, and "
         "replay them at every step, for batches of one shape: with few tokens the host takes "

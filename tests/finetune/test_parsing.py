@@ -117,6 +117,21 @@ def test_int8_products_are_a_mapping_in_a_config_and_json_in_a_flag(config):
     assert changed.quantization_config.matmul == "int8"
 
 
+def test_several_reporters_are_a_list(config):
+    """The second one was an error about the command line, although it was in the config."""
+    path = config("report_to: [tensorboard, wandb]\n")
+    assert parse_arguments([path]).training.report_to == ["tensorboard", "wandb"]
+    flags = ["--report_to", "mlflow", "wandb"]
+    assert parse_arguments([path, *flags]).training.report_to == ["mlflow", "wandb"]
+    for none in ("", "report_to: none\n", "report_to: [none]\n"):
+        assert parse_arguments([config(none)]).training.report_to == []
+
+
+def test_a_list_for_a_key_that_takes_one_value_is_refused(config):
+    with pytest.raises(ValueError, match=r"'optim_target_modules' .* takes one value, got \['q"):
+        parse_arguments([config("optim_target_modules: [q_proj, v_proj]\n")])
+
+
 def test_options_of_the_optimizer_are_keys_and_flags(config):
     path = config("gradient: release\nclipping: previous\nbeta2: 0.98\nmomentum_bits: 4\n")
 

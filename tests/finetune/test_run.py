@@ -1112,11 +1112,40 @@ def test_a_dry_run_finds_a_flipped_bit_as_a_run_does(chat_flags):
             {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"cycles": 2}'},
             "'cosine' does not accept .*'cycles'.*: .*unexpected keyword argument",
         ),
+        ({"dataloader_persistent_workers": "true"}, "Set dataloader_num_workers to 1 or more"),
+        ({"dataloader_multiprocessing_context": "spawn"}, "Set dataloader_num_workers to 1"),
+        ({"save_strategy": "best", "eval_strategy": "epoch"}, "'chat': loss, perplexity. Set it"),
     ],
 )
 def test_what_libraries_refuse_is_refused_by_us(command, changes, message, chat_flags):
     with pytest.raises(ValueError, match=message):
         command(parsed(chat_flags, **changes))
+
+
+@pytest.mark.parametrize("command", [check, prepare])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_steps": 2}, "eval_steps has no effect unless eval_strategy is set"),
+        ({"hub_model_id": "a/b"}, "hub_model_id has no effect unless push_to_hub is set"),
+        (
+            {"activation_checkpointing_kwargs": '{"use_reentrant": false}'},
+            "unless activation_checkpointing or gradient_checkpointing is set. Set that, too",
+        ),
+        ({"do_train": "false"}, "this command trains. Leave it out; `qft-hf evaluate`"),
+        ({"do_predict": "true"}, "writes no predictions. Leave it out"),
+        ({"load_best_model_at_end": "true"}, "eval_strategy is 'no'. Set it to steps"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "eval_strategy is 'no'. Set"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(command, changes, message, chat_flags):
+    """The Trainer ignores these: a run was not evaluated, or trained though it should not."""
+    with pytest.raises(ValueError, match=message):
+        command(parsed(chat_flags, **changes))
+
+
+def test_a_switch_that_is_turned_off_needs_no_other_change(chat_flags):
+    check(parsed(chat_flags, eval_strategy="no", eval_steps=2))
 
 
 def test_a_run_that_cannot_be_pushed_is_refused_before_it_trains(chat_flags):

@@ -27,7 +27,12 @@ GROUPS: tuple[Any, ...] = (
     QFTTrainingArguments,
 )
 _KEYS = [field.name for group in GROUPS for field in fields(group) if field.init]
-_LISTS = [field.name for group in GROUPS for field in fields(group) if "list" in str(field.type)]
+_LISTS = [
+    field.name
+    for group in GROUPS
+    for field in fields(group)
+    if str(field.type).startswith("list")  # the parser takes one value for `str | list[str]`
+]
 NOTHING = ("", "null", "~")  # how YAML writes no value
 CONFIG_SUFFIXES = (".yaml", ".yml")
 # Settings for which 0 or less would be misread, or would fail later.

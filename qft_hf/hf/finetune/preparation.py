@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.optim import SGD
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments, get_scheduler, set_seed
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy
@@ -39,6 +41,16 @@ from .side_tuning import Start, base_form, load_side_model, start_of
 from .step_clock import StepClock
 
 logger = logging.getLogger(__name__)
+
+# Arguments that the Trainer ignores by default, and the ones that change that.
+_SWITCHES = {
+    "eval_steps": ("eval_strategy",),
+    "eval_delay": ("eval_strategy",),
+    "gradient_checkpointing_kwargs": ("gradient_checkpointing", "activation_checkpointing"),
+    "activation_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
+    "liger_kernel_config": ("use_liger_kernel",),
+    "hub_model_id": ("push_to_hub",),
+}
 
 LOGS = 50  # log entries of a run, unless logging_steps is set
 
@@ -111,9 +123,11 @@ def read(arguments: RunArguments) -> tuple[Path | None, Start, TaskData]:
     with first_process_writes() as is_first:
         checkpoint = _check_output(arguments) if is_first else None
     checkpoint = broadcast_from_first(checkpoint)
+    _check_effects(arguments.given)
     _check_evaluation(arguments)
     _check_reporters(training)
     _check_schedule(training)
+    _check_loader(training)
     set_seed(training.seed)
     start = start_of(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
@@ -173,6 +187,25 @@ def _check_start(start: Start, method: MethodArguments) -> None:
         require_bitsandbytes()
 
 
+def _check_effects(given: Mapping[str, Any]) -> None:
+    """Raise for a setting that would be ignored."""
+    if given.get("do_train") is False:
+        raise ValueError(
+            "do_train is false, and this command trains. Leave it out; `qft-hf evaluate` scores a "
+            "model without training."
+        )
+    if given.get("do_predict"):
+        raise ValueError(
+            "do_predict is true, and this command writes no predictions. Leave it out."
+        )
+    for name, switches in _SWITCHES.items():
+        if name in given and given.keys().isdisjoint(switches):
+            raise ValueError(
+                f"{name} has no effect unless {' or '.join(switches)} is set. Set that, too, or "
+                f"leave {name} out."
+            )
+
+
 def _check_reporters(training: TrainingArguments) -> None:
     """Raise for a reporter for which the Trainer would fail, but only after loading everything."""
     known = get_available_reporting_integrations()
@@ -203,9 +236,38 @@ def _check_schedule(training: TrainingArguments) -> None:
         ) from error
 
 
+def _check_loader(training: TrainingArguments) -> None:
+    """Raise for a data loader for which the Trainer would fail, but only after loading everything.
+
+    The names of its settings are those of PyTorch after `dataloader_`.
+    """
+    names = ("num_workers", "persistent_workers", "prefetch_factor", "multiprocessing_context")
+    settings: dict[str, Any] = {
+        name: getattr(training, f"dataloader_{name}", None) for name in names
+    }
+    try:
+        DataLoader(range(1), **settings)
+    except ValueError as error:
+        raise ValueError(
+            f"the dataloader_* settings do not fit together: {str(error).rstrip('.')}. Set "
+            "dataloader_num_workers to 1 or more, or leave the others out."
+        ) from error
+
+
 def _check_evaluation(arguments: RunArguments) -> None:
     data, training = arguments.data, arguments.training
     names = TASKS[data.task].scoring.names
+    keeps_best = training.load_best_model_at_end or training.save_strategy == "best"
+    if keeps_best and training.metric_for_best_model is None:
+        raise ValueError(
+            "save_strategy 'best' needs metric_for_best_model, one of the scores of task "
+            f"{data.task!r}: {', '.join(names)}. Set it."
+        )
+    if keeps_best and training.eval_strategy == "no":
+        raise ValueError(
+            "save_strategy 'best' and load_best_model_at_end compare evaluations during training, "
+            "and eval_strategy is 'no'. Set it to steps or epoch, or leave them out."
+        )
     if training.metric_for_best_model is not None:
         best = training.metric_for_best_model.removeprefix("eval_")
         if best not in names:
