@@ -152,7 +152,7 @@ def connect_to_trainer_(optimizer: QFTOptimizer, args: TrainingArguments) -> Non
     if optimizer.clipping is None:
         check_settings(
             optimizer.gradient, optimizer.nonfinite, optimizer.accumulation,
-            None, args.max_grad_norm or None,
+            None, norm_limit(args),
         )  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def check_arguments(args: TrainingArguments) -> None:
                 f"{name} must be in [0, {LARGEST:.2g}], the range of FP32, got {value}."
             )
     norm = args.max_grad_norm
-    if norm is not None and norm != math.inf and _checked("max_grad_norm", norm, float) < 0:
+    if norm != math.inf and _checked("max_grad_norm", norm, float) < 0:
         raise ValueError(f"max_grad_norm must not be negative, got {norm}. 0 turns it off.")
     _refuse_unread(args)
     options = given_options(args)
@@ -238,14 +238,19 @@ def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:
     """Return the arguments of the constructor; options that are not set keep its defaults."""
     options = given_options(args)
     arguments: dict[str, Any] = {"lr": args.learning_rate}
-    if _releases(args, options) and args.max_grad_norm:
-        arguments["max_grad_norm"] = args.max_grad_norm
+    if _releases(args, options):
+        arguments["max_grad_norm"] = norm_limit(args)
     if "beta1" in options or "beta2" in options:
         entry = OPTIMIZERS[optimizer_name(args)]
         arguments["betas"] = tuple(
             options.pop(beta, _default(entry, beta)) for beta in ("beta1", "beta2")
         )
     return arguments | options
+
+
+def norm_limit(args: TrainingArguments) -> float | None:
+    """Return the norm to which gradients are clipped, None if 0 or infinity turns that off."""
+    return args.max_grad_norm if 0 < args.max_grad_norm < math.inf else None
 
 
 def refuse_retries(args: TrainingArguments) -> None:

@@ -240,9 +240,28 @@ def test_a_number_that_is_infinite_in_fp32_is_refused_with_the_arguments(name, t
         arguments(tmp_path, QFTTrainingArguments, **{name: 1e39})
 
 
-def test_a_norm_that_is_a_word_is_refused_by_name(tmp_path):
-    with pytest.raises(TypeError, match="max_grad_norm must be a number, got '1'"):
-        arguments(tmp_path, QFTTrainingArguments, max_grad_norm="1")
+@pytest.mark.parametrize("bad", ["1", None])
+def test_a_norm_that_is_no_number_is_refused_by_name(bad, tmp_path):
+    """None failed in the Trainer's comparison with 0, after released gradients were used."""
+    with pytest.raises(TypeError, match=f"max_grad_norm must be a number, got {bad!r}"):
+        arguments(tmp_path, QFTTrainingArguments, max_grad_norm=bad)
+
+
+@pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
+def test_an_infinite_norm_measures_and_clips_nothing_in_both_modes(cls, tmp_path):
+    """With `release` it was refused: it must be positive, got inf."""
+    runs = []
+    for options in ({}, {"gradient": "release"}):
+        args = by_text(tmp_path, options, max_grad_norm=math.inf)
+        runs.append(cls(model=tiny_llama(), args=args, train_dataset=sequences()))
+        runs[-1].train()
+    stack, release = runs
+    assert_same_state(stack.model, release.model)
+    # Sums of squares in another order.
+    assert history(release, "grad_norm") == pytest.approx(history(stack, "grad_norm"), rel=1e-6)
+    plain = trainer_on(tiny_llama(), tmp_path, cls, max_grad_norm=0)
+    plain.train()
+    assert_same_state(stack.model, plain.model)
 
 
 def test_a_rate_that_is_set_later_is_checked_when_the_optimizer_is_made(tmp_path):
