@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,19 @@ class CheckpointTrainer(Trainer):
         return sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Take no step after the last: the Trainer would train one more batch before it stops."""
+        """Take no step after the last, and draw the order of this epoch.
+
+        The Trainer would train one more batch before it stops.
+        """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        call = signature(super()._run_epoch).bind(*args, **kwargs).arguments
+        batches = getattr(call["train_dataloader"], "batch_sampler", None)
+        sampler = getattr(batches, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            # With `dispatch_batches`, Accelerate sets no epoch if it skips batches to resume.
+            sampler.set_epoch(call["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:

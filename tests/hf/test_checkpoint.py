@@ -905,13 +905,24 @@ def test_a_checkpoint_that_sigterm_requests_waits_for_the_end_of_the_step(cls, g
     assert_same_state(resumed.model, straight.model)
 
 
-def test_a_run_grouped_by_length_resumes_with_the_batches_of_the_straight_run(tmp_path):
-    """In later epochs the order once followed from random numbers that were not those of then."""
+@pytest.mark.parametrize(
+    "order",
+    [
+        {"train_sampling_strategy": "group_by_length"},
+        {"accelerator_config": {"dispatch_batches": True}},
+    ],
+    ids=["grouped by length", "dispatched"],
+)
+def test_a_run_resumes_with_the_batches_of_the_straight_run(order, tmp_path):
+    """In later epochs grouped rows once had the order of other random numbers.
+
+    Dispatched ones had that of the first epoch.
+    """
     rows = [{key: row[key][: 5 + n % 7] for key in row} for n, row in enumerate(sequences(16))]
-    grouped = {"train_sampling_strategy": "group_by_length", "save_steps": 3, "max_steps": 9}
 
     def run(folder, *, resume=None, **changes):
-        args = arguments(folder, QFTTrainingArguments, **grouped, **changes)
+        steps = {"save_steps": 3, "max_steps": 9}
+        args = arguments(folder, QFTTrainingArguments, **order, **steps, **changes)
         collator = DataCollatorForSeq2Seq(tiny_tokenizer())
         trainer = QFTTrainer(
             model=tiny_llama(), args=args, train_dataset=rows, data_collator=collator
