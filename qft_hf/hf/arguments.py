@@ -13,14 +13,13 @@ from .optimizers import (
     DEFAULT_OPTIMIZER,
     FIELDS,
     OPTIMIZERS,
-    check_arguments,
     describe,
     given_options,
     named_optimizer,
     names,
     optimizer_name,
 )
-from .unsupported import refuse_deepspeed
+from .unsupported import refuse_arguments, refuse_deepspeed
 
 _DEFAULTS = QuantizationSpec()
 # Options of the storage format.
@@ -104,8 +103,9 @@ class QFTTrainingArguments(TrainingArguments):
         """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy, """
         "which chunked_loss replaces, and swiglu of experts work with INT8 weights."
     )
-    report_to: list[str] | None | str = field(
-        default_factory=lambda: ["none"],  # a plain default of a list is lost on parsers of flags
+    # A parser of flags takes the first type if the second is None, and of lists only a factory.
+    report_to: list[str] | None | str = field(  # noqa: RUF036
+        default_factory=lambda: ["none"],
         metadata={"help": "Integrations that receive the logs, such as wandb; or all, or none."},
     )
     cuda_graph: bool = setting(
@@ -152,9 +152,9 @@ class QFTTrainingArguments(TrainingArguments):
         if named_optimizer(self) is None:
             self._refuse_without_effect()
         else:
-            check_arguments(self)
             if self.use_liger_kernel:
                 settle_loss_(self)
+            refuse_arguments(self)
         self.chunked_loss = bool(self.chunked_loss)
         _ = self.quantization_config
 

@@ -119,7 +119,7 @@ class CheckpointTrainer(Trainer):
             return
         call = signature(super()._run_epoch).bind(*args, **kwargs).arguments
         batches = getattr(call["train_dataloader"], "batch_sampler", None)
-        sampler = getattr(batches, "sampler", None)
+        sampler: Any = getattr(batches, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             # With `dispatch_batches`, Accelerate sets no epoch if it skips batches to resume.
             sampler.set_epoch(call["epoch"])

@@ -31,7 +31,7 @@ def compiler(args: TrainingArguments) -> dict[str, Any]:
     They are empty if the model is not to be compiled.
     """
     if args.torch_compile:
-        backend, mode = args.torch_compile_backend, args.torch_compile_mode
+        backend, mode = args.torch_compile_backend or "inductor", args.torch_compile_mode
     else:
         backend = os.environ.get(BACKEND, "no").lower()
         mode = os.environ.get("ACCELERATE_DYNAMO_MODE")
@@ -45,7 +45,16 @@ def refuse_uncompilable(args: TrainingArguments, model: nn.Module) -> None:
     options = compiler(args)
     if not options:
         return
+    from torch._inductor import list_mode_options  # slow to import
+
     reasons = []
+    if options["backend"].upper() not in DynamoBackend.__members__:
+        known = ", ".join(DynamoBackend.__members__).lower()
+        reasons.append(f"there is no backend {options['backend']!r}. Set one of {known}")
+    if options["backend"] == "inductor" and options.get("mode", "default") not in (
+        modes := list_mode_options()
+    ):
+        reasons.append(f"there is no mode {options['mode']!r}. Set one of {', '.join(modes)}")
     if getattr(args, "cuda_graph", False):
         reasons.append("cuda_graph=True captures only code that runs eagerly. Set one of the two")
     if (mode := options.get("mode")) in CAPTURING_MODES:

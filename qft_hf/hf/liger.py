@@ -60,7 +60,7 @@ def settle_loss_(args: "QFTTrainingArguments") -> None:
     if FUSED in kernels:
         return
     if args.chunked_loss is None:
-        args.chunked_loss = not kernels.get(WHOLE)
+        args.chunked_loss = not (kernels.get(WHOLE) or args.label_smoothing_factor)
     args.liger_kernel_config = {**kernels, FUSED: False}
     logger.warning(
         "use_liger_kernel=True: %s. %s",

@@ -20,8 +20,7 @@ from .wording import and_more
 
 def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
     """Raise TypeError or ValueError for what does not work with our optimizers."""
-    check_arguments(args)
-    _refuse_fp16(args)
+    refuse_arguments(args)
     _refuse_distribution(args, model)
     _refuse_features(args, model)
     _refuse_model(args, model)
@@ -32,6 +31,26 @@ def refuse_deepspeed(args: TrainingArguments) -> None:
     if args.deepspeed:
         advice = "the INT8 model needs a fifth of the memory of FP32 Adam on one device."
         refuse_distribution(DistributedType.DEEPSPEED, advice=f"Remove deepspeed: {advice}")
+
+
+def refuse_arguments(args: TrainingArguments) -> None:
+    """Raise TypeError or ValueError for arguments with which our optimizers train no model."""
+    check_arguments(args)
+    _refuse_fp16(args)
+    refuse_deepspeed(args)
+    if args.fsdp:
+        refuse_distribution(DistributedType.FSDP, advice="Remove fsdp.")
+    parallelism = args.parallelism_config
+    if any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("dp_shard", "cp", "sp")):
+        raise ValueError(
+            "parallelism_config has a dp_shard_size, cp_size or sp_size above 1, for FSDP or "
+            "DeepSpeed, which cannot hold INT8 weights. Leave them out. " + SEVERAL_GPUS
+        )
+    if getattr(args, "chunked_loss", False) and args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} needs all logits, which a "
+            "chunked loss never has. Set label_smoothing_factor=0, or leave chunked_loss off."
+        )
 
 
 def refusing_scaler(prepare: Any, self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,11 +81,8 @@ def _refuse_fp16(args: TrainingArguments) -> None:
 
 def _refuse_distribution(args: TrainingArguments, model: nn.Module) -> None:
     """Raise for ways to use several devices other than one process for each."""
-    refuse_deepspeed(args)
-    if args.fsdp:
-        refuse_distribution(DistributedType.FSDP, advice="Remove fsdp.")
-    parallelism = getattr(args, "parallelism_config", None)
-    if (getattr(model, "_tp_size", None) or 1) > 1 or getattr(parallelism, "tp_enabled", False):
+    asked_for = getattr(args.parallelism_config, "tp_enabled", False)
+    if asked_for or (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError(
             "Tensor parallelism splits float weights by columns and rows. Load the model without "
             "tp_plan; device_map places whole layers on several devices. " + SEVERAL_GPUS
@@ -119,11 +135,6 @@ def _refuse_features(args: TrainingArguments, model: nn.Module) -> None:
         raise ValueError(
             "gradient='release' is for training all parameters of a model, and only its side "
             "network is trained, whose gradients are small. Leave gradient out."
-        )
-    if getattr(args, "chunked_loss", False) and args.label_smoothing_factor:
-        raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} needs all logits, which a "
-            "chunked loss never has. Set label_smoothing_factor=0, or leave chunked_loss off."
         )
     if getattr(args, "cuda_graph", False):
         refuse_uncapturable(args, model)

@@ -168,13 +168,18 @@ def test_what_arguments_have_asked_for_is_not_asked_of_later_runs(tmp_path):
     ("overrides", "message"),
     [
         ({"torch_compile_mode": "reduce-overhead"}, "'reduce-overhead'.*no-cudagraphs"),
+        (
+            {"torch_compile_mode": "fast", "torch_compile_backend": "inductor"},
+            "no mode 'fast'. Set one of default, ",
+        ),
+        ({"torch_compile_backend": "induktor"}, "no backend 'induktor'. Set one of .* inductor, "),
         ({"use_cache": True}, "Set use_cache=False"),
         ({"num_hidden_layers": 1}, "LlamaForCausalLM has no list of layers"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(overrides, message, tmp_path):
     n_layers = overrides.pop("num_hidden_layers", N_LAYERS)
-    args = arguments(tmp_path, QFTTrainingArguments, **COMPILED, **overrides)
+    args = arguments(tmp_path, QFTTrainingArguments, **COMPILED | overrides)
 
     with pytest.raises(ValueError, match=message):
         QFTTrainer(model=tiny_llama(num_hidden_layers=n_layers), args=args)

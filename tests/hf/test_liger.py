@@ -37,6 +37,7 @@ def with_liger(folder, cls=QFTTrainingArguments, **overrides):
         ({"liger_kernel_config": '{"rope": false}'}, True, {"rope": False, FUSED: False}),
         ({"chunked_loss": True}, True, {FUSED: False}),
         ({"chunked_loss": False}, False, {FUSED: False}),
+        ({"label_smoothing_factor": 0.1}, False, {FUSED: False}),  # needs all logits
         ({"liger_kernel_config": {FUSED: False}}, False, {FUSED: False}),
         ({"liger_kernel_config": {FUSED: False}, "chunked_loss": True}, True, {FUSED: False}),
         (

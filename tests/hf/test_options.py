@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
@@ -760,6 +761,25 @@ def test_a_norm_that_ones_own_optimizer_would_not_clip_to_is_refused(cls, tmp_pa
 def test_float16_evaluation_is_refused(cls, tmp_path):
     with pytest.raises(ValueError, match="Use bf16_full_eval=True, or leave it off"):
         trainer_on(tiny_llama(), tmp_path, cls, fp16_full_eval=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"fp16": True}, "Use bf16=True, which needs no scaling"),
+        ({"fsdp": "full_shard"}, "Remove fsdp"),
+        *(
+            ({"parallelism_config": ParallelismConfig(**{size: 2})}, "Leave them out. On several")
+            for size in ("dp_shard_size", "cp_size", "sp_size")
+        ),
+    ],
+)
+def test_what_no_model_can_be_trained_with_is_refused_with_the_arguments(
+    overrides, message, tmp_path
+):
+    """A run that asked for fp16 read its data and loaded its model before it was refused."""
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, QFTTrainingArguments, **overrides)
 
 
 def test_released_gradients_cannot_be_tried_again_with_a_smaller_batch(tmp_path):

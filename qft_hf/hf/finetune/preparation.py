@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.optim import SGD
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainingArguments, get_scheduler, set_seed
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy
@@ -246,7 +246,7 @@ def _check_loader(training: TrainingArguments) -> None:
         name: getattr(training, f"dataloader_{name}", None) for name in names
     }
     try:
-        DataLoader(range(1), **settings)
+        DataLoader(TensorDataset(torch.zeros(1)), **settings)
     except ValueError as error:
         raise ValueError(
             f"the dataloader_* settings do not fit together: {str(error).rstrip('.')}. Set "
