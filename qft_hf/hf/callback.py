@@ -165,7 +165,9 @@ def _record(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
 
     Warn if the resumed run had another number of examples per step.
     """
-    n_examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    found = state.train_batch_size if args.auto_find_batch_size else None
+    batch_size = found or args.train_batch_size
+    n_examples = batch_size * args.gradient_accumulation_steps * args.world_size
     saved: Any = state.stateful_callbacks  # a dictionary, saved with the state
     noted = saved.get(SAVED, {})
     given = {name: getattr(args, name) for name in ("learning_rate", "weight_decay")}
@@ -181,7 +183,7 @@ def _record(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
             n_examples,
             before,
             args.world_size,
-            args.train_batch_size,
+            batch_size,
             args.gradient_accumulation_steps,
             before,
         )

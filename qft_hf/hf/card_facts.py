@@ -100,10 +100,9 @@ def hyperparameters_of(trainer: Any) -> dict[str, Any]:
         values["weight decay"] = max(decays)
     if (inner := ours(optimizer)) is not None:
         values |= {"gradients": inner.gradient, "seed of rounding": group["seed"]}
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return values | {
         "largest gradient norm": args.max_grad_norm,
-        "examples a step": batch,
+        "examples a step": trainer.get_total_train_batch_size(args),
         "micro-batches a step": args.gradient_accumulation_steps * args.world_size,
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0.0, 4),

@@ -24,6 +24,8 @@ from qft_hf import (
     dequantize_model_,
     quantize_model_,
 )
+from qft_hf.hf.callback import SAVED
+from qft_hf.hf.card_facts import hyperparameters_of
 from qft_hf.hf.optimizers import FIELDS, OPTIMIZERS, OPTIONS
 from tests.hf.test_trainer import arguments, assert_same_state, history, sequences, trainer_on
 from tests.models import tiny_llama
@@ -818,6 +820,9 @@ def test_stacked_gradients_are_tried_again_with_a_smaller_batch(tmp_path):
     retried.train()
     size = retried._train_batch_size
     assert size < 4
+    # The card, and the comparison when a run resumes, once had the size that did not fit.
+    assert hyperparameters_of(retried)["examples a step"] == size
+    assert retried.state.stateful_callbacks[SAVED]["examples_per_step"] == size
     plain = trainer_on(tiny_llama(), tmp_path, per_device_train_batch_size=size)
     plain.train()
     assert_same_state(plain.model.state_dict(), broken.state_dict())
