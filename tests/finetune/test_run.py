@@ -1122,6 +1122,14 @@ def test_what_libraries_refuse_is_refused_by_us(command, changes, message, chat_
         command(parsed(chat_flags, **changes))
 
 
+def test_a_schedule_is_tried_with_the_rate_of_the_run(chat_flags):
+    """It was tried with 0.001, so an end between that and the run's rate was refused."""
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"lr_end": 0.01}'}
+    check(parsed(chat_flags, optim="qft_sgd", learning_rate=0.1, **schedule))
+    with pytest.raises(ValueError, match=r"lr_end \(0\.01\) must be smaller .* \(0\.0001\)"):
+        check(parsed(chat_flags, learning_rate=1e-4, **schedule))
+
+
 @pytest.mark.parametrize("command", [check, prepare])
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -1142,6 +1150,14 @@ def test_a_setting_without_effect_is_refused(command, changes, message, chat_fla
     """The Trainer ignores these: a run was not evaluated, or trained though it should not."""
     with pytest.raises(ValueError, match=message):
         command(parsed(chat_flags, **changes))
+
+
+@pytest.mark.parametrize(("steps", "says"), [({}, True), ({"eval_steps": 4}, False)])
+def test_a_run_that_ends_before_its_first_evaluation_says_so(steps, says, chat_flags, caplog):
+    """Unset, `eval_steps` is 500, also in a run of four steps."""
+    del chat_flags["logging_steps"]
+    check(parsed(chat_flags, eval_strategy="steps", **steps))
+    assert ("eval_steps is 500 and the run has 4 steps" in caplog.text) == says
 
 
 def test_a_switch_that_is_turned_off_needs_no_other_change(chat_flags):

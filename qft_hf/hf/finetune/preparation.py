@@ -149,9 +149,16 @@ def read(arguments: RunArguments) -> tuple[Path | None, Start, TaskData]:
             "cannot teach it. If it is another spelling of a class, correct the labels",
             and_more(data.unlearned),
         )
+    steps, _ = n_steps(training, len(data.train.dataset))
     if "logging_steps" not in arguments.given:
-        steps, _ = n_steps(training, len(data.train.dataset))
         training.logging_steps = ceil(steps / LOGS)
+    if training.eval_strategy == "steps" and training.eval_steps > steps:
+        logger.warning(
+            "eval_steps is %d and the run has %s, so the model is scored before and after it and "
+            "not in between. For that, set eval_steps",
+            training.eval_steps,
+            counted(steps, "step"),
+        )
     return checkpoint, start, data
 
 
@@ -224,7 +231,7 @@ def _check_schedule(training: TrainingArguments) -> None:
     try:
         get_scheduler(
             kind,
-            SGD([torch.zeros(1)]),
+            SGD([torch.zeros(1)], lr=training.learning_rate),
             num_warmup_steps=1,
             num_training_steps=3,
             scheduler_specific_kwargs=dict(settings),
