@@ -32,6 +32,7 @@ from transformers import (
     ViTConfig,
     trainer,
 )
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from qft_hf import QFTConfig, QFTWeight, estimate_memory, quantize_model_
 from qft_hf.hf.finetune import finetune, parse_arguments, prepare, train
@@ -305,6 +306,30 @@ def test_resuming_ends_like_the_straight_run(chat_flags, tmp_path):
     assert resumed.trained_tokens == straight.trained_tokens
     since = resumed.trained_tokens - first.trainer.state.num_input_tokens_seen
     assert resumed.tokens_per_second == since / resumed.train_seconds
+
+
+def test_a_run_that_sigterm_stops_says_so_and_ends_like_the_straight_run(chat_flags, caplog):
+    """It looked like a finished run of fewer steps."""
+    straight = finetune(parsed(chat_flags, output_dir=f"{chat_flags['output_dir']}-straight"))
+    assert "was stopped" not in caplog.text
+
+    values = chat_flags | {"enable_jit_checkpoint": "true"}
+    stopped = prepare(parsed(values))
+    callbacks = stopped.trainer.callback_handler.callbacks
+    manager = next(c for c in callbacks if isinstance(c, JITCheckpointCallback)).jit_manager
+    manager.kill_wait = 0
+
+    def terminate(model, *_):
+        if model.training and not manager.is_checkpoint_requested:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not manager.is_checkpoint_requested:
+                time.sleep(0.01)
+
+    stopped.trainer.model.register_forward_hook(terminate)
+    assert train(stopped).steps == 1
+    assert "training was stopped at step 1 of 4; to go on" in caplog.text
+    resumed = finetune(parsed(values, resume_from_checkpoint="true"))
+    assert (resumed.steps, resumed.after) == (4, straight.after)
 
 
 def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):

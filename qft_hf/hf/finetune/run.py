@@ -69,6 +69,12 @@ def _train(run: Run) -> RunSummary:
         _write_settings(run)
     before = _scores(run)
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    if trainer.state.global_step < trainer.state.max_steps:  # as on SIGTERM
+        logger.warning(
+            "training was stopped at step %d of %d; to go on from the checkpoint, set "
+            "resume_from_checkpoint to true",
+            trainer.state.global_step, trainer.state.max_steps,
+        )  # fmt: skip
     after = _scores_of_last_step(run) or _scores(run)
     if before is not None:  # train() has cleared the log
         start = {"epoch": 0.0, "step": 0} | {f"eval_{name}": s for name, s in before.items()}
