@@ -152,7 +152,7 @@ def read(arguments: RunArguments) -> tuple[Path | None, Start, TaskData]:
     steps, _ = n_steps(training, len(data.train.dataset))
     if "logging_steps" not in arguments.given:
         training.logging_steps = ceil(steps / LOGS)
-    if training.eval_strategy == "steps" and training.eval_steps > steps:
+    if training.eval_strategy == "steps" and (training.eval_steps or 0) > steps:
         logger.warning(
             "eval_steps is %d and the run has %s, so the model is scored before and after it and "
             "not in between. For that, set eval_steps",
