@@ -44,6 +44,16 @@ def test_the_card_of_a_run_takes_what_only_its_user_knows(chat_flags, capsys, ca
     assert third.tags.count("chat") == 1
 
 
+def test_a_card_has_the_name_on_the_hub_before_anything_is_pushed(chat_flags):
+    """The folder may be uploaded later, so `hub_model_id` has an effect without `push_to_hub`."""
+    finetune(parsed(chat_flags, hub_model_id="org/later"))
+    run = chat_flags["output_dir"]
+    assert 'from_pretrained("org/later")' in (run / "README.md").read_text()
+
+    main(["card", str(run), "--license=mit"])
+    assert 'from_pretrained("org/later")' in (run / "README.md").read_text()
+
+
 @pytest.mark.parametrize("method", [{}, {"method": "qst", "side_r": 2, "base": "int8"}])
 def test_a_resumed_run_keeps_what_its_card_was_told(method, chat_flags):
     flags = chat_flags | method | {"save_strategy": "steps", "save_steps": 2}

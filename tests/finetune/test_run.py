@@ -1160,7 +1160,6 @@ def test_a_schedule_is_tried_with_the_rate_of_the_run(chat_flags):
     ("changes", "message"),
     [
         ({"eval_steps": 2}, "eval_steps has no effect unless eval_strategy is set"),
-        ({"hub_model_id": "a/b"}, "hub_model_id has no effect unless push_to_hub is set"),
         (
             {"activation_checkpointing_kwargs": '{"use_reentrant": false}'},
             "unless activation_checkpointing or gradient_checkpointing is set. Set that, too",

@@ -49,7 +49,6 @@ _SWITCHES = {
     "gradient_checkpointing_kwargs": ("gradient_checkpointing", "activation_checkpointing"),
     "activation_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
     "liger_kernel_config": ("use_liger_kernel",),
-    "hub_model_id": ("push_to_hub",),
 }
 
 LOGS = 50  # log entries of a run, unless logging_steps is set
