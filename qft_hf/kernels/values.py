@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import layout
 from ..layout import NIBBLE_GROUP_SIZE, NIBBLES, n_groups
 from .checks import check_group_size, check_matrix, check_same, check_scales
-from .philox import WEIGHT, random_words
+from .philox import WEIGHT, rounding_words
 
 # Columns of a `live` tensor, whose row holds the numbers of a step of one parameter: lr, weight
 # decay, the number of the step, and what the rule adds.
@@ -238,12 +238,14 @@ class Input(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """The random numbers that round an update: Philox 4x32-7, from a counter instead of a state.
+    """The random numbers that round an update, counted instead of drawn from a state.
+
+    They are those of `rounding_words`.
 
     Attributes:
         seed: Key, in [0, 2**63).
-        step: Number of the step; with `stream` and the element's position it is the counter.
-        stream: Number of the parameter.
+        step: Number of the step.
+        stream: Number of the parameter; with the element's position it is the counter of Philox.
         first_row: Number of the first row that is passed, if only some rows of a matrix are: a
             weight that is updated in parts has the bits of one that is updated as a whole.
         stochastic: False rounds to nearest, for ablation; models do not train that way.
@@ -269,9 +271,9 @@ class Rounding(NamedTuple):
     def words(
         self, rows: slice, columns: int, device: torch.device, purpose: int = WEIGHT
     ) -> Tensor:
-        """Return a random word for each element of some of the rows; see `random_words`."""
+        """Return a random word for each element of some of the rows; see `rounding_words`."""
         counted = slice(self.first_row + rows.start, self.first_row + rows.stop)
-        return random_words(
+        return rounding_words(
             counted, columns, seed=self.seed, step=self.step, stream=self.stream,
             purpose=purpose, device=device,
         )  # fmt: skip

@@ -103,13 +103,13 @@ def test_decay_is_unbiased_for_every_code(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_neighbours_and_steps_round_independently(backend):
-    """Compare draws at four lags and in the next row, and under another step, stream and seed."""
+def test_neighbours_round_independently(backend):
+    """Compare draws at four lags and in the next row, and under another stream and seed."""
     first = uniform_state((100, 1001), code=0)
     lion_step_(backend, first, lr=0.5 * SCALE, weight_decay=0.0)
     a = first.weight.codes[:, 1:].double() + 0.5  # +-1/2 with equal probability
     others = [a.roll(lag, dims=1) for lag in (1, 2, 3, 4)] + [a.roll(1, dims=0)]
-    for change in ({"step": 8}, {"stream": 4}, {"seed": 1}):
+    for change in ({"stream": 4}, {"seed": 1}):
         other = uniform_state((100, 1001), code=0)
         lion_step_(backend, other, lr=0.5 * SCALE, weight_decay=0.0, **change)
         others.append(other.weight.codes[:, 1:].double() + 0.5)
@@ -117,6 +117,25 @@ def test_neighbours_and_steps_round_independently(backend):
     for b in others:
         # Each product is +-1/4: the standard error of the mean is 1/4 / sqrt(n).
         assert abs((a * b).mean().item()) <= 5 * 0.25 / sqrt(100_000)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("quanta", [0.003, 0.03, 0.2])
+def test_roundings_of_an_element_add_up_over_steps(backend, quanta):
+    """After 300 equal steps every code is within 4 of the exact value.
+
+    With independent roundings the error of a code has a standard deviation of 2.9 at 0.03 quanta,
+    and the largest of 2,000 errors is about 10.
+    """
+    state = uniform_state((20, 101), code=100)
+
+    for step in range(1, 301):
+        lion_step_(backend, state, lr=quanta * SCALE, weight_decay=0.0, step=step)
+
+    error = state.weight.codes[:, 1:].double() - (100 - 300 * quanta)
+    assert error.abs().max() <= 4
+    # From element to element the errors are random: their mean is that of 2,000 numbers.
+    assert abs(error.mean()) <= 5 * 4 / sqrt(2_000)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

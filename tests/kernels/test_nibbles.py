@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qft_hf.kernels.nibbles import load_nibbles, round_to_nibbles
-from qft_hf.kernels.philox import MOMENTUM, WEIGHT, random_words
+from qft_hf.kernels.philox import MOMENTUM, WEIGHT, rounding_words
 from tests.kernels.backends import cpu, reference
 from tests.kernels.states import (
     NIBBLE_UNITS,
@@ -23,9 +23,9 @@ LEVELS = torch.tensor(sorted(NIBBLE_UNITS[np.arange(16) != 8]))
 SCALE = 3.1e-3  # not a power of two
 
 
-def words_for(rows: int, columns: int, step: int = 7) -> torch.Tensor:
-    return random_words(
-        slice(0, rows), -(-columns // 2), seed=5, step=step, stream=3, purpose=MOMENTUM,
+def words_for(rows: int, columns: int, seed: int = 5) -> torch.Tensor:
+    return rounding_words(
+        slice(0, rows), -(-columns // 2), seed=seed, step=7, stream=3, purpose=MOMENTUM,
         device=torch.device("cpu"),
     )  # fmt: skip
 
@@ -134,7 +134,7 @@ def test_zeros_have_the_least_scale_and_the_rest_of_a_byte_stays_empty():
 
 def test_weight_and_momentum_draw_different_numbers():
     drawn = {
-        purpose: random_words(
+        purpose: rounding_words(
             slice(0, 100), 100, seed=5, step=7, stream=3, purpose=purpose,
             device=torch.device("cpu"),
         ).double() / 2**32 - 0.5
@@ -144,13 +144,13 @@ def test_weight_and_momentum_draw_different_numbers():
     assert abs(product) <= 5 / 12 / 100  # a product has deviation 1/12, and there are 10,000
 
 
-def test_neighbours_and_steps_round_independently():
+def test_neighbours_and_seeds_round_independently():
     values = torch.full((100, 1000), 2.0)  # half-way between levels 0 and 4
     values[:, ::40] = 70.0  # at least one in each group of 64
     is_free = torch.arange(1000) % 40 > 0
     first, other = (
         torch.where(load_nibbles(*round_to_nibbles(values, words), 1000) > 2, 0.5, -0.5).double()
-        for words in (words_for(100, 1000), words_for(100, 1000, step=8))
+        for words in (words_for(100, 1000), words_for(100, 1000, seed=8))
     )
     for lagged in [first.roll(lag, dims=1) for lag in (1, 2, 3, 8)] + [other]:
         free = is_free & is_free.roll(1) & is_free.roll(2) & is_free.roll(3) & is_free.roll(8)

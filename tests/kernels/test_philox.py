@@ -1,4 +1,4 @@
-"""Random numbers equal Philox 4x32-7 word for word, on any device and in any order."""
+"""Words equal Philox 4x32-7, in any order, and those of an element are spread over steps."""
 
 from itertools import pairwise
 
@@ -8,7 +8,16 @@ import torch
 from numba import njit
 
 from qft_hf.kernels.cpu.philox import philox as cpu_philox
-from qft_hf.kernels.philox import philox, random_words, weight_uniform
+from qft_hf.kernels.cpu.philox import rounding_row
+from qft_hf.kernels.philox import (
+    MOMENTUM,
+    STEP,
+    WEIGHT,
+    philox,
+    random_words,
+    rounding_words,
+    weight_uniform,
+)
 from tests.tolerances import assert_same_bits
 
 CPU = torch.device("cpu")
@@ -128,6 +137,64 @@ def test_seed_step_and_stream_each_change_nearly_every_word():
         arguments = {"seed": 1, "step": 1, "stream": 1, **other}
         words = random_words(slice(0, 20), 50, device=CPU, **arguments)
         assert int((words == first).sum()) == 0  # 1000 words of 32 bits: a match is a 2e-7 event
+
+
+# --- words of updates -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("purpose", [WEIGHT, MOMENTUM])
+@pytest.mark.parametrize("step", [0, 1, 1000, 2**32 - 1, 2**32 + 6, 2**62])
+@pytest.mark.parametrize("columns", [1, 6, 127])
+def test_each_step_adds_a_constant_to_the_word_of_an_element(columns, step, purpose):
+    seed, stream = 2**63 - 12345, 4
+    words = rounding_words(
+        slice(2, 6), columns, seed=seed, step=step, stream=stream, purpose=purpose, device=CPU
+    )
+
+    key, quads = [seed % 2**32, seed // 2**32], -(-columns // 4)
+    for row, column in [(0, 0), (1, 0), (3, columns - 1), (2, columns // 2)]:
+        counter = [(2 + row) * quads + column // 4, 0, stream, purpose]
+        first = exact_philox(counter, key)[column % 4]
+        assert words[row, column] == (first + step * 0x9E9E4C07) % 2**32
+
+    twin = np.empty((4, quads), np.uint32)
+    for row in range(4):
+        rounding_row(twin, 2 + row, *map(np.uint64, (seed, step, stream, purpose)))
+        assert twin.T.flatten()[:columns].tolist() == words[row].tolist()
+
+
+@pytest.mark.parametrize("bits", [32, 24, 16])
+def test_no_bits_of_the_constant_are_near_a_fraction_with_a_small_denominator(bits):
+    """In integers: the distance of `q * STEP / 2**bits` to the nearest integer is over 0.2 / q."""
+    for q in range(1, 4097):
+        distance = q * STEP % 2**bits
+        assert 5 * q * min(distance, 2**bits - distance) > 2**bits
+
+
+@pytest.mark.parametrize("share", [0.001, 0.03, 0.382, 0.5, 0.9])
+@pytest.mark.parametrize("bits", [32, 24, 16])
+def test_the_words_of_an_element_are_spread_evenly_over_1000_steps(bits, share):
+    """For each element, `1000 * share` of its words are below `share`, to within 5."""
+    below = torch.zeros(20, 50)
+    for step in range(1, 1001):
+        words = rounding_words(slice(0, 20), 50, seed=1, step=step, stream=3, device=CPU)
+        below += words % 2**bits < share * 2**bits
+
+    assert (below - 1000 * share).abs().max() <= 5
+    independent = torch.rand(1000, 1000, generator=torch.Generator().manual_seed(1)) < share
+    if share > 0.01:  # control: such words would not pass
+        assert (independent.sum(0) - 1000 * share).abs().max() > 10
+
+
+def test_the_words_of_a_step_are_random():
+    """In each step they have the moments of uniform words, and neighbors are independent."""
+    for step in (0, 7, 12345):
+        words = rounding_words(slice(0, 100), 1000, seed=3, step=step, stream=1, device=CPU)
+        uniform = words.double() / 2**32 - 0.5
+        assert abs(uniform.mean()) <= 5 * (1 / 12 / 100_000) ** 0.5
+        assert abs(uniform.square().mean() - 1 / 12) <= 5 * (1 / 180 / 100_000) ** 0.5
+        for other in (uniform.roll(1, 0), uniform.roll(1, 1), uniform.roll(4, 1)):
+            assert abs((uniform * other).mean()) <= 5 / 12 / 100_000**0.5
 
 
 def test_uniforms_are_the_high_24_bits_and_below_one():

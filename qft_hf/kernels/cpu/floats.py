@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import floats as operators
 from ..philox import WEIGHT
 from ..values import Lion, Roundings, read_live
-from .philox import philox
+from .philox import rounding_words
 
 _f32, _i32 = np.float32, np.int32
 _WEIGHT = np.uint64(WEIGHT)
@@ -49,7 +49,7 @@ def _round_to_bfloat16(bits, seed, step, stream):
     """Round FP32, given by its bits, to a BF16 neighbor; BF16 values keep their bits."""
     n = bits.shape[0]
     for first in range(0, n, 4):
-        w0, w1, w2, w3 = philox(np.uint64(first // 4), seed, step, stream, _WEIGHT)
+        w0, w1, w2, w3 = rounding_words(np.uint64(first // 4), seed, step, stream, _WEIGHT)
         bits[first] = _rounded(bits[first], w0)
         if first + 1 < n:
             bits[first + 1] = _rounded(bits[first + 1], w1)

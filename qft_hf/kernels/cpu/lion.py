@@ -7,7 +7,7 @@ from .. import lion as operators
 from ..philox import LANES, MOMENTUM
 from ..values import Lion, Quantized, Rounding, Weight, read_live
 from .nibbles import load_nibbles, nibble_uniforms, round_to_nibbles
-from .philox import random_row
+from .philox import rounding_row
 from .quantization import quantize_group
 from .threads import for_each_row_range, run
 from .weight import FASTMATH, draw_row, rounding_numbers, step_weight_row, weight_buffers
@@ -66,7 +66,7 @@ def _lion_rows(
                 momentum_scales[row, group] = quantize_group(momentum, momentum_code)
         if is_packed:
             if stochastic:
-                random_row(words, first_row + row, seed, step, stream, _MOMENTUM)
+                rounding_row(words, first_row + row, seed, step, stream, _MOMENTUM)
                 nibble_uniforms(words, uniforms)
             row_momentum[columns] = _ZERO
             round_to_nibbles(row_momentum, uniforms, momentum_codes[row], momentum_scales[row])

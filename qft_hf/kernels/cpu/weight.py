@@ -9,7 +9,7 @@ from ..groups import QMAX, TINY
 from ..philox import LANES, WEIGHT
 from ..values import Lion, Rounding, Weight, read_live
 from ..weight import RANGE_LOW, RANGE_TARGET
-from .philox import random_row, weight_uniform
+from .philox import rounding_row, weight_uniform
 from .quantization import absmax
 from .threads import for_each_row_range, run
 
@@ -40,7 +40,7 @@ def weight_buffers(columns):
 def draw_row(row, buffers, seed, step, stream, first_row):
     """Draw a row's random words and set its uniforms; without this call it rounds to nearest."""
     _, _, row_uniform, words = buffers
-    random_row(words, first_row + row, seed, step, stream, _WEIGHT)
+    rounding_row(words, first_row + row, seed, step, stream, _WEIGHT)
     words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
     for quad in range(words.shape[1]):
         row_uniform[LANES * quad] = weight_uniform(words0[quad])

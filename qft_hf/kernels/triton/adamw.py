@@ -16,7 +16,7 @@ from ..adamw import ROOT_TINY as _ROOT_TINY
 from ..adamw import UNIT as _UNIT
 from ..values import AdamW, Moments, Quantized, Rounding, Weight
 from .launch import Launcher
-from .numerics import PER_QMAX, QMAX, ULP16, ULP24, inverse_scale, random_words
+from .numerics import PER_QMAX, QMAX, ULP16, ULP24, inverse_scale, rounding_words
 from .tiling import group_max, over_units, row_constants, tile_columns, tiling
 from .weight import step_weight_
 
@@ -102,7 +102,7 @@ def _moments_kernel(
         new_r_scale = tl.maximum(group_max(tl.abs(ratio), TILING) * PER_QMAX, RATIO_TINY)
         new_s_scale = tl.maximum(group_max(root, TILING) * PER_ROOT_QMAX, ROOT_TINY)
         if STOCHASTIC:
-            words = random_words(first_counter, start, TILING.UNIT, seed, step, stream)
+            words = rounding_words(first_counter, start, TILING.UNIT, seed, step, stream)
             root_uniform = (words & 0xFFFFFF).to(tl.float32) * ULP24
             ratio_uniform = (words & 0xFFFF).to(tl.float32) * ULP16
         else:

@@ -12,7 +12,7 @@ from .. import floats as operators
 from ..values import N_LIVE as _N_LIVE
 from ..values import Lion, Roundings
 from .launch import Constants, Launcher
-from .numerics import INFINITY, magnitude_bits, random_words, read_live, signed
+from .numerics import INFINITY, magnitude_bits, read_live, rounding_words, signed
 
 # Parameter, momentum, gradient, step and stream, for each parameter.
 Members = list[tuple[Tensor, Tensor, Tensor, int, int]]
@@ -75,7 +75,7 @@ def _lion_floats_kernel(
     if STOCHASTIC:
         # BF16 is FP32 without its low 16 bits: adding 16 random bits carries into the high half
         # with exactly the probability that the bits to be cut off stand for.
-        words = random_words(tl.zeros((1, 1), tl.int64), start, BLOCK, seed, step, stream)
+        words = rounding_words(tl.zeros((1, 1), tl.int64), start, BLOCK, seed, step, stream)
         bits = value.to(tl.int32, bitcast=True) + (words >> 16).to(tl.int32)
         rounded = (bits & -65536).to(tl.float32, bitcast=True)
         value = tl.where(change == 0, old, rounded)

@@ -34,8 +34,8 @@ from .numerics import (
     nearest,
     nearest_code,
     quantized,
-    random_words,
     read_live,
+    rounding_words,
     signed,
     weight_uniform,
 )
@@ -328,7 +328,7 @@ def _lion_kernel(
             rescaled_scale = tl.maximum(scale * (absmax * PER_TARGET), TINY)
             new_scale = tl.where(fits, scale, rescaled_scale)
             if STOCHASTIC:
-                words = random_words(first_counter, start, TILING.UNIT, seed, step, stream)
+                words = rounding_words(first_counter, start, TILING.UNIT, seed, step, stream)
                 uniform = weight_uniform(words)
             else:
                 uniform = tl.full(code.shape, 0.5, tl.float32)

@@ -7,7 +7,7 @@ from ..nibbles import NIBBLE_MAX as _NIBBLE_MAX
 from ..nibbles import SLOPE as _SLOPE
 from ..nibbles import TOP as _TOP
 from ..philox import MOMENTUM as _MOMENTUM
-from .numerics import ULP16, random_words
+from .numerics import ULP16, rounding_words
 
 NIBBLE_MAX: tl.constexpr = tl.constexpr(float(_NIBBLE_MAX))
 SLOPE: tl.constexpr = tl.constexpr(_SLOPE)
@@ -90,9 +90,9 @@ def store_nibbles(
         start: First column of each unit.
         exists: Which units exist.
         row: Number of the row, int64.
-        seed: Key of the random numbers.
-        step: Word 1 of their counter.
-        stream: Word 2 of their counter.
+        seed: Key of the random words.
+        step: Number of the step.
+        stream: Number of the parameter.
         STOCHASTIC: False rounds to the nearest level.
         COLUMNS: Columns of the row.
         UNIT: Columns of a unit, a power of two of at least 2.
@@ -100,7 +100,7 @@ def store_nibbles(
     even, odd = tl.split(tl.reshape(values, (values.shape[0], UNIT // 2, 2)))
     if STOCHASTIC:
         first_counter = row * (((COLUMNS + 1) // 2 + 3) // 4)  # four bytes share a counter
-        words = random_words(first_counter, start // 2, UNIT // 2, seed, step, stream, MOMENTUM)
+        words = rounding_words(first_counter, start // 2, UNIT // 2, seed, step, stream, MOMENTUM)
         low, high = _uniform(words & 0xFFFF), _uniform(words >> 16)
     else:
         low = tl.full(even.shape, 0.5, tl.float32)

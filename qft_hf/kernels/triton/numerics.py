@@ -7,10 +7,12 @@ from ..groups import MAGIC as _MAGIC
 from ..groups import QMAX as _QMAX
 from ..groups import TINY as _TINY
 from ..philox import ROUNDS as _ROUNDS
+from ..philox import STEP as _STEP
 from ..philox import WEIGHT as _WEIGHT
 
 MAGIC: tl.constexpr = tl.constexpr(_MAGIC)
 ROUNDS: tl.constexpr = tl.constexpr(_ROUNDS)
+STEP: tl.constexpr = tl.constexpr(_STEP)
 QMAX: tl.constexpr = tl.constexpr(float(_QMAX))
 PER_QMAX: tl.constexpr = tl.constexpr(1.0 / _QMAX)
 TINY: tl.constexpr = tl.constexpr(_TINY)
@@ -117,6 +119,15 @@ def random_words(
     w0, w1, w2, w3 = philox_words(first_counter + column // 4, seed, step, stream, PURPOSE)
     lane = column % 4
     return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+
+
+@triton.jit
+def rounding_words(
+    first_counter, start, UNIT: tl.constexpr, seed, step, stream, PURPOSE: tl.constexpr = _WEIGHT
+):
+    """Return the 32-bit words of a tile in step `step`; twin: `rounding_words` of the reference."""
+    words = random_words(first_counter, start, UNIT, seed, tl.zeros((), tl.uint32), stream, PURPOSE)
+    return words + step.to(tl.uint32) * STEP
 
 
 @triton.jit
