@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import nan, prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,19 +68,20 @@ class MemoryLedger:
 
     @property
     def bytes_per_parameter(self) -> float:
-        """Total bytes per parameter."""
-        return self.total_bytes / self.n_parameters
+        """Total bytes per parameter; NaN without parameters."""
+        return self.total_bytes / (self.n_parameters or nan)
 
     @property
     def percent_of_fp32_adam(self) -> float:
-        """Total in percent of the 16 bytes per parameter of FP32 Adam."""
+        """Total in percent of the 16 bytes per parameter of FP32 Adam; NaN without parameters."""
         return 100 * self.bytes_per_parameter / FP32_ADAM_BYTES
 
     def __str__(self) -> str:
         """Return the table, and the parameters that stay float by reason."""
+        n_parameters = self.n_parameters or nan
         lines = [f"{'model state':<22}{'MB':>10}{'bytes/param':>13}{'tensors':>9}"]
         lines += [
-            f"{row.drawn:<22}{row.bytes / 1e6:>10.1f}{row.bytes / self.n_parameters:>13.3f}"
+            f"{row.drawn:<22}{row.bytes / 1e6:>10.1f}{row.bytes / n_parameters:>13.3f}"
             f"{row.n_tensors:>9}"
             for row in self.rows
         ]

@@ -63,6 +63,14 @@ def test_the_ledger_names_the_format_of_every_weight_of_bitsandbytes():
     assert [row.state for row in memory_ledger(integers).rows] == ["integer parameters"]
 
 
+@pytest.mark.parametrize("module", [nn.ReLU(), nn.BatchNorm1d(4, affine=False)], ids=str)
+def test_a_module_without_parameters_has_a_table(module):
+    """It divided by zero."""
+    ledger = memory_ledger(module)
+    assert "nan % of FP32 Adam; 0 of 0 parameters in INT8" in str(ledger)
+    assert ledger.total_bytes == sum(buffer.nbytes for buffer in module.buffers())
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_tables_call_both_moments_of_adamw_optimizer_state(optimizer):
     """They were called `momentum`, as the key of `bytes_by_kind` still is."""
