@@ -13,6 +13,7 @@ a config of a run, whose settings apply as far as flags do not set others.
 
 import argparse
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add_trust(arguments)
     add_json(arguments)
     options = arguments.parse_args(argv)
+    for gpu in options.gpu:
+        if not 0 < gpu < inf:
+            arguments.error(f"--gpu must be a positive, finite number of GB, got {gpu:g}")
+    for flag in ("gpus", "batch_size", "sequence_length"):
+        if (value := getattr(options, flag)) is not None and value < 1:
+            arguments.error(f"--{flag} must be 1 or more, got {value}")
     if options.momentum_bits is not None and options.optim not in (None, "qft_lion"):
         arguments.error(f"--momentum_bits is for qft_lion, got --optim {options.optim}")
     return options

@@ -294,11 +294,17 @@ def test_a_config_that_is_too_long_for_its_model_is_refused(tmp_path, folder, re
     assert "has 4,096 positions" in refused("plan", config)
 
 
-@pytest.mark.parametrize("gpu", ["0", "nan", "inf"])
-def test_a_card_has_some_memory(gpu, folder, refused):
-    assert "gpu_memory must be a positive, finite number of GB, got" in refused(
-        "plan", folder, "--gpu", gpu
-    )
+@pytest.mark.parametrize("gpu", ["0", "-1", "nan", "inf"])
+def test_a_card_has_some_memory(gpu, refused):
+    """The error named an argument of a Python function."""
+    error = refused("plan", "gpt2", "--gpu", "24", gpu, status=2)
+    assert f"--gpu must be a positive, finite number of GB, got {gpu}" in error
+
+
+@pytest.mark.parametrize("flag", ["--gpus", "--batch_size", "--sequence_length"])
+def test_numbers_are_refused_by_their_flags(flag, refused):
+    """`--gpus` was called `n_processes`."""
+    assert f"{flag} must be 1 or more, got 0" in refused("plan", "gpt2", flag, "0", status=2)
 
 
 @pytest.mark.parametrize("flag", ["--optim=qft_sgd", "--matmul=int8", "--gpus=2", "--chunked_loss"])
