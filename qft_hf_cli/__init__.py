@@ -6,6 +6,7 @@ qft_hf only when a command begins to work.
 """
 
 import errno
+import linecache
 import os
 import re
 import select
@@ -132,7 +133,9 @@ def _run(command: ModuleType, argv: list[str]) -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise
-    except (FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
+    except (
+        FloatingPointError, ImportError, OSError, RuntimeError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         advice = _advice(error)
         if _is_full_disk(error) or not (advice or _is_refusal(error)):
             raise
@@ -148,10 +151,17 @@ def _advice(error: Exception) -> str | None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Return whether qft_hf itself raised the error: only its texts are written for users."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    raised_in = Path(frames[-1][0].f_code.co_filename).resolve()
-    return any(raised_in.is_relative_to(folder) for folder in (Path(__file__).parent, _library()))
+    """Return whether a `raise` of qft_hf itself raised the error: its texts are for users.
+
+    What a function in C raises, such as one of PyTorch, has the line of qft_hf that called it.
+    """
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    file = frame.f_code.co_filename
+    is_own = any(
+        Path(file).resolve().is_relative_to(folder)
+        for folder in (Path(__file__).parent, _library())
+    )
+    return is_own and linecache.getline(file, line).lstrip().startswith("raise ")
 
 
 def _library() -> Path:

@@ -26,7 +26,10 @@ from qft_hf import (
 )
 from qft_hf.hf.atomic_writes import atomic_folder
 from qft_hf.hf.finetune.parsing import GROUPS
+from qft_hf.kernels.backend import _check_triton
+from qft_hf.optim.norms import squares_of
 from qft_hf_cli import COMMANDS, main
+from qft_hf_cli.command_line import table
 from qft_hf_cli.evaluate import flags_of
 from tests.finetune.chats import CHATML, tiny_tokenizer
 from tests.finetune.flags import write_jsonl
@@ -406,6 +409,28 @@ def test_what_nobody_refused_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("qft_hf.hf.finetune.finetune", lambda arguments: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["finetune", "demo", "--use_cpu=true"])
+
+
+def test_what_c_code_refuses_keeps_its_traceback(monkeypatch):
+    """No function of PyTorch has a frame of its own, so its errors passed for those of qft_hf."""
+    for call, text in (
+        (lambda _: squares_of(torch.ones(2, dtype=torch.int64)), "linalg.vector_norm"),
+        (lambda _: table(["one"], [["of", "two"]]), "zip"),
+    ):
+        monkeypatch.setattr("qft_hf.hf.finetune.finetune", call)
+        with pytest.raises((RuntimeError, ValueError), match=text):
+            main(["finetune", "demo", "--use_cpu=true"])
+
+
+def test_a_machine_that_runs_no_kernels_is_said_without_a_traceback(monkeypatch, refused):
+    """Only errors of other kinds than RuntimeError were."""
+    monkeypatch.setattr("qft_hf.kernels.backend.version", lambda _: "2.1")
+    monkeypatch.setattr(
+        "qft_hf.hf.finetune.finetune", lambda _: _check_triton(torch.device("cuda"))
+    )
+    error = refused("finetune", "demo", "--use_cpu=true")
+    assert error.startswith("qft-hf finetune: The INT8 kernels on cuda need triton 3.")
+    assert "pip install 'triton>=" in error
 
 
 def test_python_m_is_the_same_command(monkeypatch, capsys):
