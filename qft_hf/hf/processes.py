@@ -176,7 +176,12 @@ def start_together(
         facts[f"the learning rate of group {number}"] = float(group["lr"])
     device = optimizer.param_groups[0]["params"][0].device
     processes.begin(device, timeout=timedelta(seconds=args.ddp_timeout))
-    processes.agree(facts, "Give all processes the same arguments and the same data.")
+    advice = "Give all processes the same arguments and the same data."
+    accelerator: Any = args.accelerator_config
+    if not accelerator.even_batches:
+        advice += " Leave even_batches=False out of accelerator_config: it may give them different "
+        advice += "numbers of batches."
+    processes.agree(facts, advice)
     if inner is None:
         return
     inner.broadcast()

@@ -306,6 +306,9 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
         "trainer-model": lambda: trainer_case(folder, n, model=tiny_llama(seed=rank)),
         "trainer-rate": lambda: trainer_case(folder, n, learning_rate=1e-3 * (rank + 1)),
         "trainer-data": lambda: trainer_case(folder, n, n_examples=36 + rank),
+        "trainer-uneven": lambda: trainer_case(
+            folder, n, n_examples=30, accelerator_config={"even_batches": False}
+        ),
         "trainer-adapters": lambda: adapters(folder, rank, n),
         "trainer-adapters-data": lambda: adapters(folder, rank, n, n_examples=36 + rank),
         "trainer-side": lambda: side_network(folder, rank, n),
@@ -327,7 +330,7 @@ CASES = (
     "other-weights", "other-rate",
     "second-pass", "sparse", "skipped-stack", "skipped-release", "no-consolidation",
     "loaded-since",
-    "trainer-model", "trainer-rate", "trainer-data",
+    "trainer-model", "trainer-rate", "trainer-data", "trainer-uneven",
     "trainer-adapters", "trainer-adapters-data", "trainer-side", "trainer-side-seed",
     "trainer-full", "stock-full", "trainer-batch", "trainer-at-once", "shards", "trainer-sigterm",
     "trainer-reentrant",

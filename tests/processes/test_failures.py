@@ -29,6 +29,7 @@ from tests.processes.test_training import different
         ("loaded-since", r"Call optimizer\.consolidate\(\) on all of them"),
         ("trainer-rate", r"learning_rate is 0\.001 on process 0 and 0\.002 on 1.* same arguments"),
         ("trainer-data", r"number of training examples is 36 on process 0 and 37 on 1"),
+        ("trainer-uneven", r"number of batches in an epoch is 3 on .* 2 on 1\..* even_batc"),
         ("trainer-adapters-data", r"number of training examples is 36 on process 0 and 37 on 1"),
         ("trainer-side-seed", r"seed is 5 on process 0 and 6 on 1.* same arguments"),
         ("shards", r"^ValueError: distributed_config splits .*accelerate launch --multi_gpu"),
