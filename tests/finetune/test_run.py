@@ -696,6 +696,15 @@ def test_a_gpus_kernels_are_refused_on_a_cpu_by_a_run_and_not_by_a_check(chat_fl
     check(parsed(flags))
 
 
+def test_a_check_knows_the_micro_batches_of_an_accelerator_config(chat_flags):
+    """It counted a step for each of them."""
+    config = json.dumps({"gradient_accumulation_kwargs": {"num_steps": 2}})
+    flags = chat_flags | {"max_steps": -1, "num_train_epochs": 3, "accelerator_config": config}
+    found = check(parsed(flags))
+    assert (found.steps_per_epoch, found.steps) == (2, 6)
+    assert finetune(parsed(flags)).steps == 6
+
+
 def test_a_dry_run_says_why_memory_is_not_estimated(chat_flags):
     """It once gave the same two possible reasons for all models."""
     folder = chat_flags["model_name_or_path"]

@@ -69,7 +69,10 @@ def disk_bytes(arguments: RunArguments, model: nn.Module, n_examples: int) -> in
 def n_steps(training: Any, n_examples: int) -> tuple[int, int]:
     """Return the optimizer steps of a run, and those of an epoch."""
     n_batches = ceil(n_examples / (training.train_batch_size * training.world_size))
-    of_epoch = max(1, ceil(n_batches / training.gradient_accumulation_steps))
+    # The Trainer moves the `num_steps` that is set here to `gradient_accumulation_steps`.
+    moved = training.accelerator_config.gradient_accumulation_kwargs or {}
+    accumulated = training.gradient_accumulation_steps * moved.get("num_steps", 1)
+    of_epoch = max(1, ceil(n_batches / accumulated))
     if training.max_steps > 0:
         return training.max_steps, of_epoch
     return ceil(training.num_train_epochs * of_epoch), of_epoch
