@@ -8,6 +8,7 @@ replaces it. The kernel for experts reads their weights as floats and is refused
 
 import inspect
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -69,6 +70,14 @@ def settle_loss_(args: "QFTTrainingArguments") -> None:
         if args.chunked_loss
         else "It is left out, and all logits are computed",
     )
+
+
+def refuse_without_gpu(args: TrainingArguments) -> None:
+    """Raise ValueError if Liger's kernels would run on a CPU, except in Triton's interpreter."""
+    if not args.use_liger_kernel:
+        return
+    if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("use_liger_kernel needs a GPU, and there is none. Leave it out.")
 
 
 def refuse_kernels(args: TrainingArguments, model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from .checkpoint_trainer import CheckpointTrainer
 from .compatibility import ours, refuse_optimizer, unwrapped
 from .graphed_step import Graph, GraphedStep, cuda_graphs
 from .health import Health
+from .liger import refuse_without_gpu
 from .optimizers import named_optimizer, names, optimizer_name
 from .peak_memory import PeakMemory
 from .prepared_model import prepare_model_
@@ -80,6 +81,7 @@ class QFTTrainer(CheckpointTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `CheckpointTrainer` does, and free the memory of CUDA graphs at the end."""
+        refuse_without_gpu(self.args)  # before Liger changes modules of the model
         self.health.load(None)  # no checkpoint yet
         try:
             return super().train(*args, **kwargs)

@@ -163,10 +163,19 @@ def test_a_model_without_the_loss_is_told_how_to_do_without(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
 def test_that_liger_is_not_installed_is_said_by_transformers(cls, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # a CPU is no reason to refuse
     for module in ("qft_hf.hf.liger", "transformers.integrations.liger"):
         monkeypatch.setattr(f"{module}.is_liger_kernel_available", lambda: False)
     trainer = cls(model=tiny_llama(), args=with_liger(tmp_path), train_dataset=sequences())
     with pytest.raises(ImportError, match="liger-kernel"):
+        trainer.train()
+
+
+def test_a_run_on_a_cpu_is_refused_before_liger_changes_modules(tmp_path, monkeypatch):
+    """It ended in an error of Triton about drivers."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    trainer = QFTTrainer(model=tiny_llama(), args=with_liger(tmp_path), train_dataset=sequences())
+    with pytest.raises(ValueError, match=r"needs a GPU, and there is none\. Leave it out"):
         trainer.train()
 
 

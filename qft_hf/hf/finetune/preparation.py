@@ -1,7 +1,6 @@
 """Prepares a run: refuses what cannot work, and loads the rest. Nothing is written here."""
 
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..base import require_bitsandbytes
 from ..config import refuse_other_method
+from ..liger import refuse_without_gpu
 from ..processes import broadcast_from_first, first_process_writes
 from ..wording import and_more, counted
 from .arguments import MethodArguments
@@ -78,9 +78,7 @@ def prepare(arguments: RunArguments) -> Run:
         ValueError: The arguments, the data and the model do not fit together.
     """
     started, training = time.monotonic(), arguments.training
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if training.use_liger_kernel and training.device.type == "cpu" and not is_interpreted:
-        raise ValueError("use_liger_kernel needs a GPU, and there is none. Leave it out.")
+    refuse_without_gpu(training)
     checkpoint, start, data = read(arguments)
     if arguments.method.side is not None:
         model = load_side_model(start, arguments.method, data.task)
