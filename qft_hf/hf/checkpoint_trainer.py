@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -93,12 +94,13 @@ class CheckpointTrainer(Trainer):
             # Now: training may remove it as an old one.
             steps_before = json_object(checkpoint / TRAINER_STATE_NAME)["global_step"]
         output = super().train(resume_from_checkpoint, *args, **kwargs)
-        if output.global_step == steps_before:
+        if checkpoint is not None and output.global_step == steps_before:
             logger.warning(
                 "%s is at step %d of %d: the run is finished, and no step was taken. To train on, "
                 "raise max_steps or num_train_epochs",
                 checkpoint, output.global_step, self.state.max_steps,
             )  # fmt: skip
+            self._remove_old(output_dir, checkpoint)  # a run that was killed may not have done it
         return output
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,16 +115,34 @@ class CheckpointTrainer(Trainer):
         """Take no step after the last, and draw the order of this epoch.
 
         The Trainer would train one more batch before it stops.
+
+        Raises:
+            ValueError: The run resumes in an epoch whose order of examples cannot be repeated.
         """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         call = signature(super()._run_epoch).bind(*args, **kwargs).arguments
         batches = getattr(call["train_dataloader"], "batch_sampler", None)
+        batches = getattr(batches, "batch_sampler", batches)  # which several processes divide
         sampler: Any = getattr(batches, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             # With `dispatch_batches`, Accelerate sets no epoch if it skips batches to resume.
             sampler.set_epoch(call["epoch"])
+        elif (
+            isinstance(sampler, RandomSampler)
+            and not hasattr(batches, "set_epoch")  # which seeds it, as in sentence-transformers
+            and call["epoch"] == call["epochs_trained"] > 0  # the first has the order of the seed
+            # Without a generator, an epoch begins with the random numbers of the checkpoint.
+            and (call["steps_trained_in_current_epoch"] or sampler.generator is not None)
+            and not self.args.ignore_data_skip
+        ):
+            raise ValueError(
+                f"The run resumes in epoch {call['epoch'] + 1}, whose order of examples is not "
+                "that of a seed, as with use_seedable_sampler=False in accelerator_config, and "
+                "cannot be repeated. Set ignore_data_skip=True to begin this epoch in another "
+                "order; on one process, resume at the end of an epoch."
+            )
         super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -187,10 +207,13 @@ class CheckpointTrainer(Trainer):
                 write_mark(draft, self.model, unwrapped(self.optimizer))
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
+        self._remove_old(Path(run_dir), Path(folder))
+
+    def _remove_old(self, run_dir: Path, newest: Path) -> None:
+        """Remove checkpoints beyond `save_total_limit`, and neither the newest nor the best."""
         if self.args.should_save:
-            best = self.state.best_model_checkpoint or folder
-            keep = (Path(folder), Path(best))
-            remove_old(Path(run_dir), limit=self.args.save_total_limit, keep=keep)
+            keep = (newest, Path(self.state.best_model_checkpoint or newest))
+            remove_old(run_dir, limit=self.args.save_total_limit, keep=keep)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """End training, and keep the checkpoints that `_save_checkpoint` has kept.
