@@ -151,17 +151,17 @@ def _advice(error: Exception) -> str | None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Return whether a `raise` of qft_hf itself raised the error: its texts are for users.
+    """Return whether qft_hf itself raised the error: only its texts are written for users.
 
-    What a function in C raises, such as one of PyTorch, has the line of qft_hf that called it.
+    What a function in C raises, such as one of PyTorch, has the line of qft_hf that called it. Only
+    an OSError of one is for users: it names the file.
     """
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     file = frame.f_code.co_filename
-    is_own = any(
-        Path(file).resolve().is_relative_to(folder)
-        for folder in (Path(__file__).parent, _library())
-    )
-    return is_own and linecache.getline(file, line).lstrip().startswith("raise ")
+    folders = (Path(__file__).parent, _library())
+    if not any(Path(file).resolve().is_relative_to(folder) for folder in folders):
+        return False
+    return isinstance(error, OSError) or linecache.getline(file, line).lstrip().startswith("raise ")
 
 
 def _library() -> Path:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -115,34 +114,16 @@ class CheckpointTrainer(Trainer):
         """Take no step after the last, and draw the order of this epoch.
 
         The Trainer would train one more batch before it stops.
-
-        Raises:
-            ValueError: The run resumes in an epoch whose order of examples cannot be repeated.
         """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         call = signature(super()._run_epoch).bind(*args, **kwargs).arguments
         batches = getattr(call["train_dataloader"], "batch_sampler", None)
-        batches = getattr(batches, "batch_sampler", batches)  # which several processes divide
         sampler: Any = getattr(batches, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             # With `dispatch_batches`, Accelerate sets no epoch if it skips batches to resume.
             sampler.set_epoch(call["epoch"])
-        elif (
-            isinstance(sampler, RandomSampler)
-            and not hasattr(batches, "set_epoch")  # which seeds it, as in sentence-transformers
-            and call["epoch"] == call["epochs_trained"] > 0  # the first has the order of the seed
-            # Without a generator, an epoch begins with the random numbers of the checkpoint.
-            and (call["steps_trained_in_current_epoch"] or sampler.generator is not None)
-            and not self.args.ignore_data_skip
-        ):
-            raise ValueError(
-                f"The run resumes in epoch {call['epoch'] + 1}, whose order of examples is not "
-                "that of a seed, as with use_seedable_sampler=False in accelerator_config, and "
-                "cannot be repeated. Set ignore_data_skip=True to begin this epoch in another "
-                "order; on one process, resume at the end of an epoch."
-            )
         super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:

@@ -24,7 +24,7 @@ from qft_hf import (
     quantize_model_,
     save_side_network,
 )
-from qft_hf.hf.atomic_writes import atomic_folder
+from qft_hf.hf.atomic_writes import _sync, atomic_folder
 from qft_hf.hf.finetune.parsing import GROUPS
 from qft_hf.kernels.backend import _check_triton
 from qft_hf.optim.norms import squares_of
@@ -420,6 +420,14 @@ def test_what_c_code_refuses_keeps_its_traceback(monkeypatch):
         monkeypatch.setattr("qft_hf.hf.finetune.finetune", call)
         with pytest.raises((RuntimeError, ValueError), match=text):
             main(["finetune", "demo", "--use_cpu=true"])
+
+
+def test_what_c_code_says_of_a_file_is_a_text_for_users(monkeypatch, refused, tmp_path):
+    absent = tmp_path / "absent"
+    monkeypatch.setattr("qft_hf.hf.finetune.finetune", lambda _: _sync(absent))
+    error = refused("finetune", "demo", "--use_cpu=true")
+    assert error.startswith("qft-hf finetune: ")
+    assert str(absent) in error
 
 
 def test_a_machine_that_runs_no_kernels_is_said_without_a_traceback(monkeypatch, refused):

@@ -944,23 +944,3 @@ def test_a_run_resumes_with_the_batches_of_the_straight_run(order, tmp_path):
         assert_same_state(resumed.model, straight.model)
     other = run(tmp_path / "other", data_seed=7)
     assert history(other, "loss") != history(straight, "loss")
-
-
-def test_an_order_that_cannot_be_repeated_is_not_resumed(tmp_path):
-    """Within a later epoch the run went on with other examples, unnoticed."""
-
-    def run(folder, *, resume=None, **changes):
-        options = {"accelerator_config": {"use_seedable_sampler": False}, "max_steps": 8}
-        trainer = make(folder, save_steps=1, logging_steps=1, **options, **changes)
-        trainer.train_dataset = sequences(16)  # four steps in an epoch
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer
-
-    straight = run(tmp_path / "run")
-    for step in (2, 4):  # within the first epoch and at its end
-        resumed = run(tmp_path / "again", resume=tmp_path / "run" / f"checkpoint-{step}")
-        assert_same_state(resumed.model, straight.model)
-    within = tmp_path / "run" / "checkpoint-6"
-    with pytest.raises(ValueError, match=r"in epoch 2, .*use_seedable.* ignore_data_skip=True"):
-        run(tmp_path / "again", resume=within)
-    run(tmp_path / "again", resume=within, ignore_data_skip=True)
