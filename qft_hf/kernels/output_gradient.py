@@ -32,8 +32,8 @@ def quantize_gradient(
     transposed, `[R, N]`, so that it is contiguous along the dimension which that product sums over.
 
     Rounding is stochastic against the returned scale: the expectation of `code * scale` is the
-    value, and a value that is a multiple of the scale does not change. The random numbers are drawn
-    as in `lion_step_`: Philox counts them by the element's position in its codes, with the bits of
+    value, and a value that is a multiple of the scale does not change. The random numbers are those
+    of `random_words`: Philox counts them by the element's position in its codes, with the bits of
     the row's largest magnitude as the step, and 0 (rows) or 1 (columns) as the stream. They are a
     function of the data, so that recomputation repeats them and nothing has to be saved.
 
